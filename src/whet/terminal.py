@@ -1,0 +1,194 @@
+"""What a person sees of a run in the terminal: progress, notes, tables.
+
+On a terminal there is one live line; in a pipe or a file, one plain line a log step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from whet.data.report import DataReport, SplitReport
+    from whet.doctor import Finding
+    from whet.evaluate import Sample
+    from whet.train.callbacks import Progress
+
+_COLOURS = {"ok": "green", "warn": "yellow", "fault": "red"}
+
+
+def console(stderr: bool = False) -> Console:
+    """Return a console that never cuts lines in a pipe.
+
+    Args:
+        stderr: Write there instead of to standard output.
+    """
+    made = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    if not made.is_terminal:
+        made = Console(stderr=stderr, highlight=False, soft_wrap=True, width=100, no_color=True)
+    return made
+
+
+@dataclass
+class Terminal:
+    """Shows a run as it happens; it is the Listener of `whet train`."""
+
+    out: Console = field(default_factory=console)
+    _bar: Bar | None = None
+
+    def stage(self, text: str) -> None:
+        """Show what is being done now."""
+        self.finish()
+        self.out.print(f"[bold]{escape(text)}[/bold] ...")
+
+    def note(self, text: str) -> None:
+        """Show something a person should know."""
+        self.out.print(f"  [dim]-[/dim] {escape(text)}")
+
+    def progress(self, progress: Progress) -> None:
+        """Show one log step: a moving bar on a terminal, a line elsewhere."""
+        text = (
+            f"loss {progress.loss:.4f}  lr {progress.learning_rate:.1e}  "
+            f"{progress.tokens_per_second:,.0f} tokens/s  {progress.memory_bytes / 2**30:.2f} GiB  "
+            f"ETA {clock(progress.eta_seconds)}"
+        )
+        if not self.out.is_terminal:
+            self.out.print(f"step {progress.step}/{progress.num_steps}  {text}")
+            return
+        if self._bar is None:
+            self._bar = _make_bar(self.out)
+            self._bar.add_task("", total=progress.num_steps)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=progress.step, description=text)
+
+    def finish(self) -> None:
+        """Leave the last state of the bar on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _make_bar(out: Console) -> Bar:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    return Progress(
+        TextColumn("  step"), MofNCompleteColumn(), BarColumn(bar_width=24),
+        TextColumn("{task.description}"), console=out,
+    )  # fmt: skip
+
+
+def clock(seconds: float) -> str:
+    """Write a duration as 0:07, 12:30 or 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def score_table(base: dict[str, Any], tuned: dict[str, Any] | None) -> Table:
+    """Return the table of held-out scores, base beside tuned.
+
+    Args:
+        base: The base model's scores, as in report.json.
+        tuned: The tuned model's, or None for a plain model.
+    """
+    table = Table(title="Held-out rows", title_justify="left", title_style="bold", box=SIMPLE)
+    table.add_column("")
+    table.add_column("base" if tuned else "model", justify="right")
+    if tuned:
+        table.add_column("tuned", justify="right", style="bold")
+    rows = [("perplexity", "perplexity", "{:.3f}"), ("loss", "loss (nats per token)", "{:.4f}")]
+    if base.get("exact_match") is not None:
+        rows.append(("exact_match", f"exact match of {base['num_answers']} answers", "{:.1%}"))
+    for key, name, pattern in rows:
+        cells = [pattern.format(scores[key]) for scores in (base, tuned) if scores]
+        table.add_row(name, *cells)
+    return table
+
+
+def show_samples(out: Console, base: Sequence[Sample], tuned: Sequence[Sample], most: int) -> None:
+    """Print held-out rows with the reference and the answers.
+
+    Args:
+        out: Where to.
+        base: The base model's answers.
+        tuned: The tuned model's answers to the same rows, or nothing.
+        most: How many rows.
+    """
+    for index, before in enumerate(base[:most]):
+        out.print()
+        out.print(Text(before.question.strip(), style="italic"))
+        answers = [("reference", before.reference), ("base", before.answer)]
+        if tuned:
+            answers.append(("tuned", tuned[index].answer))
+        for name, text in answers:
+            mark = ""
+            if name != "reference":
+                mark = " ok" if text.strip() == before.reference.strip() else " --"
+            out.print(Text.assemble((f"  {name:<9}{mark:<4}", "dim"), " ".join(text.split())))
+
+
+def data_table(report: DataReport) -> Table:
+    """Return the supervision report's counts, training beside held-out rows."""
+    table = Table(title="Data", title_justify="left", title_style="bold", box=SIMPLE)
+    table.add_column("")
+    splits: list[SplitReport] = [report.train] + ([report.heldout] if report.heldout else [])
+    for name in ("training", "held out")[: len(splits)]:
+        table.add_column(name, justify="right")
+    for name, key in (
+        ("rows read", "rows_read"),
+        ("rows refused", "rows_refused"),
+        ("rows with nothing to learn", "rows_without_labels"),
+        ("rows cut at model.max_length", "rows_truncated"),
+        ("rows without a learned end of turn", "rows_without_end"),
+        ("copies of an earlier row", "duplicates"),
+        ("examples", "examples"),
+        ("tokens", "tokens"),
+        ("tokens learned", "tokens_learned"),
+        ("learned tokens lost to the cut", "tokens_lost"),
+        ("longest example, tokens", "longest"),
+    ):
+        table.add_row(name, *(f"{getattr(split, key):,}" for split in splits))
+    return table
+
+
+def length_bars(split: SplitReport) -> list[str]:
+    """Return a histogram of the examples' lengths, a line a bin."""
+    most = max(split.lengths.values(), default=1)
+    return [
+        f"  {name + ' tokens':>18}  {'#' * max(1, round(40 * count / most))} {count}"
+        for name, count in split.lengths.items()
+    ]
+
+
+def rendered_example(pieces: Sequence[tuple[str, bool]]) -> Text:
+    """Return an example's text, with the learned tokens set off.
+
+    Args:
+        pieces: Text of each token, and whether it is learned.
+    """
+    text = Text("  ")
+    for piece, learned in pieces:
+        text.append(piece.replace("\n", "\n  "), style="bold green" if learned else "dim")
+    return text
+
+
+def finding_lines(findings: Sequence[Finding]) -> list[Text]:
+    """Return the doctor's lines, each fault with its fix below it."""
+    lines = []
+    for finding in findings:
+        colour = _COLOURS[finding.status]
+        lines.append(
+            Text.assemble((f"{finding.status:>5}", colour), f"  {finding.name}: {finding.text}")
+        )
+        if finding.fix:
+            lines.append(Text(f"         -> {finding.fix}", style="dim"))
+    return lines

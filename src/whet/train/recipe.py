@@ -1,0 +1,268 @@
+"""One run, top to bottom: read, check, load, measure, train, save, measure again.
+
+Whatever can be wrong with the input is found before the run folder is touched. The front ends hand
+in a Listener and show what it hears; this module prints nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+from whet.config import Config
+from whet.data.report import PreparedData, prepare
+from whet.data.template import set_chat_template
+from whet.errors import Interrupted
+from whet.evaluate import Sample, Scores, evaluate
+from whet.model import CausalLM, Tokenizer
+from whet.model.load import choose_dtype, device, load_model, load_tokenizer, max_length
+from whet.model.lora import count_parameters, prepare_parameters
+from whet.runs import RunFolder, require_free, resume_run, start_run, whole_folder, write_text
+from whet.train.callbacks import Metrics, Progress, StopAtSignal, peak_memory_bytes
+from whet.train.plot import plot_loss
+
+logger = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """What a front end hears of a run."""
+
+    def stage(self, text: str) -> None:
+        """A part of the work begins that takes a while."""
+
+    def note(self, text: str) -> None:
+        """Something a person should know."""
+
+    def progress(self, progress: Progress) -> None:
+        """Training went one log step further."""
+
+
+class LogListener:
+    """The Listener of a run without a front end: everything goes to `logging`."""
+
+    def stage(self, text: str) -> None:
+        """Log a stage."""
+        logger.info("%s", text)
+
+    def note(self, text: str) -> None:
+        """Log a note."""
+        logger.warning("%s", text)
+
+    def progress(self, progress: Progress) -> None:
+        """Log a step."""
+        logger.info("step %d/%d loss %.4f", progress.step, progress.num_steps, progress.loss)
+
+
+def fit(config: Config, resume: bool = False, listener: Listener | None = None) -> RunFolder:
+    """Train as a config says.
+
+    Args:
+        config: A checked config.
+        resume: Go on with the run of that name from its newest checkpoint.
+        listener: Hears what happens; None logs it.
+
+    Returns:
+        The folder of the finished run.
+
+    Raises:
+        InputError: The config, the data or the model's name is wrong; nothing was touched.
+        Interrupted: The user stopped the run; a checkpoint was written.
+        WhetError: The work failed, for instance because the disk is full.
+    """
+    listener = listener or LogListener()
+    started = time.perf_counter()
+    listener.stage("reading the data")
+    limit = max_length(config.model)
+    tokenizer = load_tokenizer(config.model)
+    template = set_chat_template(tokenizer, config.model.chat_template)
+    data = prepare(config.data, tokenizer, limit, template)
+    _tell_data(data, listener)
+
+    if resume:
+        run, checkpoint = resume_run(config)
+        listener.note(f"going on from {checkpoint}")
+    else:
+        (run, moved), checkpoint = start_run(config), None
+        if moved:
+            listener.note(f"the earlier run '{run.path}' is now '{moved}'")
+    with run.lock():
+        _write_report_head(run, config, data)
+        model = _load(config, listener)
+        base_samples = _measure_base(run, config, model, tokenizer, data, listener)
+        model = _train(run, config, model, tokenizer, data, checkpoint, listener)
+        if data.heldout:
+            listener.stage("measuring the tuned model")
+            tuned, samples = evaluate(model, tokenizer, data, config.eval)
+            _write_evaluation(run, tuned=tuned, tuned_samples=samples)
+            write_samples(run, base_samples, samples)
+            plot_loss(run)
+        run.update_report(seconds=time.perf_counter() - started, peak_bytes=peak_memory_bytes())
+    return run
+
+
+def _tell_data(data: PreparedData, listener: Listener) -> None:
+    train, heldout = data.report.train, data.report.heldout
+    share = train.tokens_learned / train.tokens
+    listener.note(
+        f"{train.examples} examples to learn ({', '.join(train.formats)}): {train.tokens:,} tokens, "
+        f"{train.tokens_learned:,} of them learned ({share:.0%}), the longest has {train.longest}"
+        + (f"; {heldout.examples} held out" if heldout else "")
+    )
+    if data.report.chat_template != "the tokenizer's own":
+        listener.note(f"chat template: {data.report.chat_template}")
+    for warning in data.report.warnings():
+        listener.note(warning)
+    if heldout is None:
+        listener.note("nothing is held out (data.heldout, data.heldout_fraction): no evaluation")
+
+
+def _load(config: Config, listener: Listener) -> CausalLM:
+    dtype, reason = choose_dtype(config.model.dtype, config.train.parameters != "lora")
+    kind = "NF4 weights, products in" if config.model.load_in_4bit else "weights in"
+    listener.stage(f"loading {config.model.name}")
+    model = load_model(config.model, dtype)
+    name = str(dtype).removeprefix("torch.")
+    listener.note(f"{config.model.name} on {device().type}, {kind} {name} {reason}")
+    return model
+
+
+def _measure_base(
+    run: RunFolder,
+    config: Config,
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    data: PreparedData,
+    listener: Listener,
+) -> list[Sample]:
+    """Measure the model before training, unless an interrupted run already has."""
+    if not data.heldout:
+        return []
+    report = run.report
+    if "base" in report.get("evaluation", {}):
+        return [Sample(**sample) for sample in report["evaluation"]["base_samples"]]
+    listener.stage("measuring the base model")
+    scores, samples = evaluate(model, tokenizer, data, config.eval)
+    _write_evaluation(run, base=scores, base_samples=samples)
+    return samples
+
+
+def _train(
+    run: RunFolder,
+    config: Config,
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    data: PreparedData,
+    checkpoint: Path | None,
+    listener: Listener,
+) -> CausalLM:
+    from transformers import set_seed
+
+    from whet.train.trainer import WhetTrainer
+
+    set_seed(config.train.seed)
+    tuned = prepare_parameters(model, config)
+    trainable, total = count_parameters(tuned)
+    listener.note(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    # Weights and two AdamW moments, each in float32 at most, in every checkpoint and one more aside.
+    num_bytes = 12 * trainable * (config.train.keep_checkpoints + 1)
+    require_free(run.path, num_bytes, "keeping the checkpoints")
+    metrics, stop = Metrics(run, listener.progress), StopAtSignal()
+    with TemporaryDirectory() as start:
+        if config.lora.init == "pissa" and config.train.parameters == "lora":
+            _keep_pissa_start(tuned, start)
+        trainer = WhetTrainer(
+            tuned,
+            tokenizer,
+            config,
+            run,
+            data.train,
+            data.heldout,
+            [metrics, stop],
+        )
+        metrics.trainer = trainer
+        listener.stage("training")
+        if checkpoint is not None:
+            run.forget_metrics_after(int(checkpoint.name.removeprefix("step-")))
+        with stop.listening(listener.note):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        done, steps = trainer.state.global_step, trainer.state.max_steps
+        if done < steps:
+            raise Interrupted(
+                f"stopped after step {done} of {steps}, with a checkpoint in {run.checkpoints_dir}",
+                fix="go on with the same command and --resume",
+            )
+        _save_weights(run, config, tuned, tokenizer, start)
+    run.update_report(
+        training={
+            "steps": done, "tokens_seen": trainer.tokens_seen,
+            "parameters_trained": trainable, "parameters": total,
+        }
+    )  # fmt: skip
+    plot_loss(run)
+    return tuned
+
+
+def _keep_pissa_start(model: Any, folder: str) -> None:
+    """Save the adapter PiSSA starts from, which its conversion to plain LoRA subtracts again."""
+    settings = model.peft_config["default"]
+    settings.init_lora_weights = True
+    model.save_pretrained(folder)
+    settings.init_lora_weights = "pissa"
+
+
+def _save_weights(
+    run: RunFolder, config: Config, model: Any, tokenizer: Tokenizer, start: str
+) -> None:
+    lora = config.train.parameters == "lora"
+    options: dict[str, Any] = {}
+    if lora and config.lora.init == "pissa":
+        # PiSSA moves part of the base into the adapter: saved as it is, it would not fit the base.
+        options["path_initial_model_for_weight_conversion"] = start
+    with whole_folder(run.adapter_dir if lora else run.model_dir) as folder:
+        model.save_pretrained(str(folder), **options)
+        tokenizer.save_pretrained(str(folder))
+
+
+def _write_report_head(run: RunFolder, config: Config, data: PreparedData) -> None:
+    from whet.doctor import versions
+
+    run.update_report(
+        config=config.model_dump(), versions=versions(), device=device().type,
+        data=data.report.to_dict(),
+    )  # fmt: skip
+
+
+def _write_evaluation(run: RunFolder, **parts: Scores | list[Sample]) -> None:
+    evaluation = dict(run.report.get("evaluation", {}))
+    for name, part in parts.items():
+        if isinstance(part, Scores):
+            evaluation[name] = part.to_dict()
+        else:
+            evaluation[name] = [asdict(sample) for sample in part]
+    run.update_report(evaluation=evaluation)
+
+
+def write_samples(run: RunFolder, base: list[Sample], tuned: list[Sample]) -> None:
+    """Write samples.md: each held-out row with the reference and both models' answers.
+
+    Args:
+        run: The run's folder.
+        base: The base model's answers.
+        tuned: The tuned model's, to the same rows in the same order.
+    """
+    lines = [f"# Held-out samples of {run.path.name}", ""]
+    for before, after in zip(base, tuned, strict=False):
+        lines += [f"## {after.where}", "", _quoted(after.question), ""]
+        for name, text in (
+            ("reference", after.reference), ("base", before.answer), ("tuned", after.answer)
+        ):  # fmt: skip
+            lines += [f"**{name}**", "", _quoted(text), ""]
+    write_text(run.samples_file, "\n".join(lines))
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"    {line}" for line in (text.strip() or "(nothing)").split("\n"))

@@ -1,0 +1,85 @@
+"""Load what a run has trained, or any plain model, ready to be used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from whet.config import Config, ModelSection
+from whet.data.template import set_chat_template
+from whet.model import CausalLM, Tokenizer
+from whet.model.load import choose_dtype, load_model, load_tokenizer
+from whet.runs import RunFolder
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model with its tokenizer, and the run it came from if it came from one.
+
+    Args:
+        model: In eval mode, on the device.
+        tokenizer: With the chat template it was trained with.
+        config: The run's config, or the defaults with the model's name.
+        run: The run's folder, or None for a plain model.
+    """
+
+    model: CausalLM
+    tokenizer: Tokenizer
+    config: Config
+    run: RunFolder | None
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[CausalLM]:
+        """Give the body the model as it was before training."""
+        if hasattr(self.model, "disable_adapter"):
+            with self.model.disable_adapter():
+                yield self.model
+        elif self.run is None:
+            yield self.model
+        else:
+            dtype = next(self.model.parameters()).dtype
+            yield load_model(self.config.model, dtype).eval()
+
+
+def load_trained(name: str) -> Loaded:
+    """Load a run's tuned model, or a model by name.
+
+    Args:
+        name: A run's folder, or anything `model.name` takes.
+
+    Raises:
+        InputError: There is neither.
+    """
+    if not RunFolder.is_run(name):
+        config = Config(model=ModelSection(name=name))
+        tokenizer = load_tokenizer(config.model)
+        set_chat_template(tokenizer, None)
+        dtype, _ = choose_dtype(None, full=False)
+        return Loaded(load_model(config.model, dtype).eval(), tokenizer, config, None)
+    run = RunFolder.open(name)
+    config = run.config
+    tokenizer = load_tokenizer(config.model, run.weights_dir)
+    dtype, _ = choose_dtype(config.model.dtype, config.train.parameters != "lora")
+    if run.weights_dir == run.model_dir:
+        model = load_model(config.model, dtype, run.model_dir)
+    else:
+        model = load_adapted(config.model, dtype, run)
+    return Loaded(model.eval(), tokenizer, config, run)
+
+
+def load_adapted(base: ModelSection, dtype: torch.dtype, run: RunFolder) -> CausalLM:
+    """Load a base model with a run's adapter on it.
+
+    Args:
+        base: The base model, which may differ from the run's in `load_in_4bit`.
+        dtype: Type of the base's weights.
+        run: A run with an adapter.
+    """
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_model(base, dtype), str(run.adapter_dir))
