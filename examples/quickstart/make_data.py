@@ -26,7 +26,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-SEED = 20
+SEED = 2026
 TRAIN_ROWS = 600
 HELDOUT_ROWS = 80
 NOTE_RATE = 0.4  # how often the optional part of a template is kept

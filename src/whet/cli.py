@@ -14,16 +14,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from whet import __version__
 from whet.config import TEMPLATES, commented_yaml, help_text, load_config, to_json_schema, to_yaml
-from whet.errors import InputError, WhetError, did_you_mean
+from whet.data.sources import require_sources
+from whet.errors import InputError, Interrupted, WhetError, did_you_mean
 
 if TYPE_CHECKING:
     from whet.trained import Loaded
 
+
+class _Commands(TyperGroup):
+    """Has Ctrl-C end any command with the shell's exit code, and not with typer's 1."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)  # pyright: ignore[reportArgumentType]
+        except KeyboardInterrupt as error:
+            raise Interrupted("stopped") from error
+
+
 app = typer.Typer(
     name="whet",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -113,6 +128,7 @@ def doctor(as_json: AsJson = False) -> None:
 def data(config: ConfigPath, set_: Assignments = None, as_json: AsJson = False) -> None:
     """Report what of the data will be learned, and what will not, without loading a model."""
     settings = load_config(config, set_ or [])
+    require_sources(settings.data)
     _quiet_libraries()
     from whet.data.report import prepare
     from whet.data.template import set_chat_template
@@ -157,6 +173,7 @@ def train(
     if print_config:
         typer.echo(to_yaml(settings), nl=False)
         return
+    require_sources(settings.data)
     _quiet_libraries()
     from whet.terminal import Terminal, clock
 
@@ -408,20 +425,12 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """Run the command line; exit 0 done, 1 the work failed, 2 the input was wrong, 130 stopped."""
-    import click
-
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
-        sys.exit(app(arguments, standalone_mode=False) or 0)
+        app(arguments, prog_name="whet")
     except WhetError as error:
         if debug:
             raise
         typer.echo(f"whet: {error}", err=True)
         sys.exit(error.exit_code)
-    except click.exceptions.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        typer.echo("whet: stopped", err=True)
-        sys.exit(130)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from whet.config import DataSection
 from whet.errors import InputError, did_you_mean
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
@@ -78,7 +79,7 @@ def read_rows(source: str, text_rows: str = "file") -> Iterator[Row | Fault]:
             f"data file '{source}' is a folder", fix="name the files in it, as a list in data.train"
         )
     if not path.exists():
-        if path.suffix.lower() in (*SUFFIXES, ".gz") or source.startswith((".", "/", "~")):
+        if _names_a_file(source):
             raise _missing(path, source)
         yield from _read_hub(source)
         return
@@ -104,6 +105,31 @@ def read_rows(source: str, text_rows: str = "file") -> Iterator[Row | Fault]:
         lines = (line for line in enumerate(text.split("\n"), 1) if line[1].strip())
         for number, (line, content) in enumerate(lines, 1):
             yield Row({"text": content}, path.name, number, line)
+
+
+def require_sources(data: DataSection) -> None:
+    """Check that the files of a config are there, which takes no time, before anything that does.
+
+    Args:
+        data: The config's data section; names that look like Hub ids are left for later.
+
+    Raises:
+        InputError: A file is missing, or no training data is named.
+    """
+    if not data.train:
+        raise InputError(
+            "data.train is empty", fix="set data.train to a file, or to a list of files"
+        )
+    for named in (data.train, data.heldout or []):
+        for source in [named] if isinstance(named, str) else named:
+            path = Path(source).expanduser()
+            if not path.exists() and _names_a_file(source):
+                raise _missing(path, source)
+
+
+def _names_a_file(source: str) -> bool:
+    known = Path(source).suffix.lower() in (*SUFFIXES, ".gz")
+    return known or source.startswith((".", "/", "~"))
 
 
 def _missing(path: Path, source: str) -> InputError:
@@ -135,8 +161,9 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         offset = error.start + (3 if raw[:3] == b"\xef\xbb\xbf" else 0)
         line = raw.count(b"\n", 0, offset) + 1
+        place = offset - raw.rfind(b"\n", 0, offset)
         raise InputError(
-            f"data file '{path}', line {line}, byte {offset}: not UTF-8",
+            f"data file '{path}', line {line}, byte {place}: not UTF-8",
             f"0x{raw[offset]:02X}, which looks like Latin-1",
             "convert the file to UTF-8",
         ) from error

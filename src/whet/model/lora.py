@@ -47,28 +47,22 @@ def add_adapter(model: CausalLM, lora: LoraSection, base: ModelSection) -> Causa
     """
     from peft import LoraConfig, get_peft_model
 
-    _check_names(model, [] if isinstance(lora.targets, str) else lora.targets, "lora.targets")
+    names = [lora.targets] if isinstance(lora.targets, str) else lora.targets
+    _check_names(model, [name for name in names if name != "all-linear"], "lora.targets")
     _check_names(model, lora.modules_to_save, "lora.modules_to_save")
-    if isinstance(lora.targets, str) and lora.targets != "all-linear":
-        _check_names(model, [lora.targets], "lora.targets")
-    start = {"default": True, "loftq": True}.get(lora.init, lora.init)
-    adapted = get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            bias=lora.bias,
-            target_modules=lora.targets
-            if lora.targets == "all-linear" or isinstance(lora.targets, list)
-            else [lora.targets],
-            init_lora_weights=start,
-            use_rslora=lora.rslora,
-            use_dora=lora.dora,
-            modules_to_save=lora.modules_to_save or None,
-        ),
-    )
+    settings: dict[str, Any] = {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": lora.bias,
+        "target_modules": "all-linear" if names == ["all-linear"] else names,
+        # LoftQ's start is set below, because peft would change the base for it.
+        "init_lora_weights": True if lora.init in ("default", "loftq") else lora.init,
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
+        "modules_to_save": lora.modules_to_save or None,
+    }
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     if lora.init == "loftq":
         _start_at_quantisation_error(adapted, base)
     return adapted

@@ -1,0 +1,181 @@
+"""The command line as a person uses it: words, exit codes, and what is left behind."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from whet.config import load_config, to_yaml
+from whet.train.recipe import LogListener, fit
+
+
+def whet(*arguments, cwd=None, stdin=""):
+    return subprocess.run(
+        [sys.executable, "-m", "whet", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        input=stdin,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, rows_file, tmp_path_factory):
+    config = load_config(
+        {
+            "run": {"name": "tiny", "dir": str(tmp_path_factory.mktemp("runs"))},
+            "model": {"name": str(tiny_model)},
+            "data": {"train": str(rows_file), "heldout_fraction": 0.2, "system": "be brief"},
+            "train": {"batch_size": 4, "max_steps": 4, "learning_rate": 5e-3, "warmup_steps": 0},
+        }
+    )
+    return fit(config, listener=LogListener())
+
+
+@pytest.mark.parametrize(
+    "command", ["", "init", "doctor", "data", "train", "eval", "generate", "chat", "export"]
+)
+def test_help_needs_no_torch(command):
+    code = (
+        "import sys; sys.argv = ['whet', *sys.argv[1:]]\n"
+        "from whet.cli import main\n"
+        "try: main()\n"
+        "finally: print('HEAVY', sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code, *command.split(), "--help"], capture_output=True, text=True
+    )
+    assert told.returncode == 0 and "Usage:" in told.stdout and "HEAVY []" in told.stdout
+
+
+def test_importing_whet_loads_nothing_heavy():
+    code = "import sys, whet; print({'torch', 'pydantic', 'typer', 'yaml'} & set(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.stdout.strip() == "set()"
+
+
+def test_help_of_train_is_the_config_s_own_documentation():
+    text = whet("train", "--help").stdout
+    assert "lora.rank = 16" in text and "Rank of the update" in text
+
+
+def test_an_unknown_key_exits_2_and_names_the_right_one(config, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(to_yaml(config))
+    told = whet("train", file, "--set", "lora.rnk=8")
+    assert told.returncode == 2
+    assert "`lora.rnk`; did you mean `lora.rank`?" in told.stderr and "Traceback" not in told.stderr
+    assert not os.path.exists(config.run.dir)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train"], "Missing argument"),
+        (["trian"], "No such command"),
+        (["train", "c.yaml", "--sett", "a=b"], "No such option"),
+        (["train", "nowhere.yaml"], "there is no config file 'nowhere.yaml'"),
+        (
+            ["train", "c.yaml", "--set", "data.train=nowhere.jsonl"],
+            "'nowhere.jsonl' does not exist",
+        ),
+        (["train", "c.yaml", "--set", "data.train=c.yaml"], "suffix whet does not read"),
+        (["train", "c.yaml", "--set", "model.name=./nowhere"], "'./nowhere' does not exist"),
+        (["train", "c.yaml", "--set", "model.name=no-org/no-model"], "no-org/no-model"),
+        (["train", "c.yaml", "--set", "lora.targets=[q_prj]"], "did you mean 'q_proj'"),
+        (["train", "c.yaml", "--set", "model.max_length=1000"], "256 tokens"),
+        (["train", "c.yaml", "--resume"], "there is no run"),
+        (["data", "c.yaml", "--set", "data.columns={text: body}"], "names 'text'"),
+        (["eval", "nowhere/at/all"], "'nowhere/at/all' does not exist"),
+        (["generate", ".", "-p", "x"], "is not a Hugging Face model"),
+        (["generate", "m", "-p", "x", "--top-p", "3"], "top_p must be"),
+        (["export", "."], "is not a run"),
+        (["export", ".", "--to", "gguff"], "gguff"),
+        (["init", "c.yaml"], "'c.yaml' exists already"),
+        (["init", "--template", "slft"], "did you mean 'sft'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_input_is_one_sentence_and_exit_2(config, tmp_path, arguments, words):
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    told = whet(*arguments, cwd=tmp_path)
+    assert told.returncode == 2, told.stderr
+    assert words in told.stderr and "Traceback" not in told.stderr
+    assert not (tmp_path / "runs" / "tiny" / "adapter").exists()
+
+
+def test_debug_gives_the_traceback(tmp_path):
+    told = whet("train", "nowhere.yaml", "--debug", cwd=tmp_path)
+    assert told.returncode == 1 and "Traceback" in told.stderr and "InputError" in told.stderr
+
+
+def test_init_data_print_config_and_train_follow_each_other(tiny_model, rows_file, tmp_path):
+    assert whet("init", "mine.yaml", cwd=tmp_path).returncode == 0
+    sets = [
+        f"--set={text}"
+        for text in (f"model.name={tiny_model}", f"data.train={rows_file}", "train.max_steps=2")
+    ]
+    told = whet("data", "mine.yaml", *sets, cwd=tmp_path)
+    assert told.returncode == 0 and "tokens learned" in told.stdout, told.stderr
+    report = json.loads(whet("data", "mine.yaml", *sets, "--json", cwd=tmp_path).stdout)
+    assert report["train"]["examples"] == 20 and report["heldout"]["examples"] == 2
+    printed = whet("train", "mine.yaml", *sets, "--print-config", cwd=tmp_path).stdout
+    assert "max_steps: 2" in printed and not (tmp_path / "runs").exists()
+    told = whet("train", "mine.yaml", *sets, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    lines = told.stdout.splitlines()
+    assert sum(line.startswith("step ") for line in lines) == 2
+    assert any("perplexity" in line for line in lines) and "whet chat runs/run" in told.stdout
+    assert "\x1b" not in told.stdout, "no terminal codes in a pipe"
+    assert "Traceback" not in told.stderr
+
+
+def test_eval_shows_base_and_tuned(trained):
+    told = whet("eval", trained.path)
+    assert told.returncode == 0, told.stderr
+    assert "base" in told.stdout and "tuned" in told.stdout and "perplexity" in told.stdout
+    found = json.loads(whet("eval", trained.path, "--json").stdout)
+    assert found["tuned"]["loss"] == pytest.approx(
+        trained.report["evaluation"]["tuned"]["loss"], rel=1e-4
+    )
+
+
+def test_generate_uses_the_system_prompt_of_the_run(trained):
+    told = whet(
+        "generate", trained.path, "-p", "say red", "--max-new-tokens", 6, "--json", "--logprobs"
+    )
+    assert told.returncode == 0, told.stderr
+    (answer,) = json.loads(told.stdout)
+    assert "be brief" in answer["prompt"] and answer["num_tokens"] == len(answer["logprobs"]) <= 6
+    raw = whet("generate", trained.path, "-p", "say red", "--raw", "--max-new-tokens", 4, "--echo")
+    assert raw.stdout.startswith("say red")
+
+
+def test_chat_answers_each_line(trained):
+    told = whet(
+        "chat", trained.path, "--max-new-tokens", 4, stdin="say red\n/reset\n\nsay blue\n/exit\nx\n"
+    )
+    assert told.returncode == 0, told.stderr
+    assert len(told.stdout.splitlines()) >= 2 and "Traceback" not in told.stderr
+
+
+def test_export_writes_checks_and_keeps_what_is_not_its_own(trained, tmp_path):
+    told = whet("export", trained.path, "--out", tmp_path / "m", "--dtype", "bfloat16")
+    assert told.returncode == 0, told.stderr
+    assert "passed; AutoModelForCausalLM" in told.stdout
+    assert whet("export", trained.path, "--out", tmp_path / "m").returncode == 0  # again, over it
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    told = whet("export", trained.path, "--to", "adapter", "--out", mine)
+    assert told.returncode == 2 and "holds something else" in told.stderr
+    assert [p.name for p in mine.iterdir()] == ["thesis.tex"]
+
+
+def test_doctor_finds_no_fault_here():
+    told = whet("doctor")
+    assert told.returncode == 0 and "ok  CPU" in told.stdout, told.stdout
+    assert json.loads(whet("doctor", "--json").stdout)[0]["name"] == "system"

@@ -1,0 +1,70 @@
+import math
+
+import pytest
+import torch
+
+from whet.config import EvalSection, load_config
+from whet.data.report import prepare
+from whet.errors import InputError
+from whet.evaluate import compare, evaluate, mean_loss
+from whet.trained import load_trained
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model):
+    return load_trained(str(tiny_model))
+
+
+@pytest.fixture
+def data(loaded, rows_file):
+    section = load_config({"data": {"train": str(rows_file), "heldout_fraction": 0.4}}).data
+    return prepare(section, loaded.tokenizer, 256)
+
+
+def test_perplexity_weighs_by_tokens_not_by_rows(loaded, data):
+    total, count = 0.0, 0
+    for row in data.heldout:
+        logits = loaded.model(torch.tensor([row.input_ids])).logits[0].double().log_softmax(-1)
+        for n in range(1, len(row.labels)):
+            if row.labels[n] != -100:
+                total -= logits[n - 1, row.labels[n]].item()
+                count += 1
+    scores, _ = evaluate(loaded.model, loaded.tokenizer, data, EvalSection())
+    assert scores.num_tokens == count
+    assert scores.loss == pytest.approx(total / count, rel=1e-5)
+    assert scores.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_the_batch_size_does_not_matter(loaded, data, batch_size):
+    whole, count = mean_loss(loaded.model, data.heldout, 100)
+    loss, same = mean_loss(loaded.model, data.heldout, batch_size)
+    assert same == count and loss == pytest.approx(whole, rel=1e-6)
+
+
+def test_exact_match_counts_equal_answers(loaded, data, monkeypatch):
+    import whet.evaluate as module
+    from whet.generate import Completion
+
+    references = [example.messages[-1]["content"] for example in data.heldout_examples]
+    given = [f" {text}\n" if n % 2 else f"{text}." for n, text in enumerate(references)]
+    monkeypatch.setattr(
+        module, "generate", lambda *_: [Completion("", text, 1, True) for text in given]
+    )
+    scores, samples = evaluate(loaded.model, loaded.tokenizer, data, EvalSection(exact_match=True))
+    assert scores.exact_match == (len(references) // 2) / len(references)
+    assert scores.num_answers == len(samples) == len(references)
+    assert samples[0].question == data.heldout_examples[0].messages[0]["content"]
+
+
+def test_without_exact_match_only_the_samples_are_generated(loaded, data):
+    scores, samples = evaluate(loaded.model, loaded.tokenizer, data, EvalSection(samples=2))
+    assert scores.exact_match is None and len(samples) == 2
+    assert evaluate(loaded.model, loaded.tokenizer, data, EvalSection(samples=0))[1] == []
+
+
+def test_a_plain_model_is_measured_on_a_file(loaded, rows_file):
+    found = compare(loaded, str(rows_file))
+    assert found.tuned is None and found.base.num_tokens > 0
+    with pytest.raises(InputError, match="--data"):
+        compare(loaded)
