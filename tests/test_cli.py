@@ -1,5 +1,6 @@
 """The command line as a person uses it: words, exit codes, and what is left behind."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,19 +8,31 @@ import sys
 
 import pytest
 
+from whet.cli import main
 from whet.config import load_config, to_yaml
+from whet.errors import InputError
 from whet.train.recipe import LogListener, fit
 
 
-def whet(*arguments, cwd=None, stdin=""):
-    return subprocess.run(
-        [sys.executable, "-m", "whet", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        input=stdin,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+@pytest.fixture
+def whet(capsys, monkeypatch):
+    """Run the command line in this process (a new one takes seconds to import torch)."""
+
+    def run(*arguments, cwd=None, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["whet", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        told = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, told.out, told.err)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +70,12 @@ def test_importing_whet_loads_nothing_heavy():
     assert told.stdout.strip() == "set()"
 
 
-def test_help_of_train_is_the_config_s_own_documentation():
+def test_help_of_train_is_the_config_s_own_documentation(whet):
     text = whet("train", "--help").stdout
     assert "lora.rank = 16" in text and "Rank of the update" in text
 
 
-def test_an_unknown_key_exits_2_and_names_the_right_one(config, tmp_path):
+def test_an_unknown_key_exits_2_and_names_the_right_one(whet, config, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(to_yaml(config))
     told = whet("train", file, "--set", "lora.rnk=8")
@@ -84,7 +97,6 @@ def test_an_unknown_key_exits_2_and_names_the_right_one(config, tmp_path):
         ),
         (["train", "c.yaml", "--set", "data.train=c.yaml"], "suffix whet does not read"),
         (["train", "c.yaml", "--set", "model.name=./nowhere"], "'./nowhere' does not exist"),
-        (["train", "c.yaml", "--set", "model.name=no-org/no-model"], "no-org/no-model"),
         (["train", "c.yaml", "--set", "lora.targets=[q_prj]"], "did you mean 'q_proj'"),
         (["train", "c.yaml", "--set", "model.max_length=1000"], "256 tokens"),
         (["train", "c.yaml", "--resume"], "there is no run"),
@@ -99,7 +111,7 @@ def test_an_unknown_key_exits_2_and_names_the_right_one(config, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_wrong_input_is_one_sentence_and_exit_2(config, tmp_path, arguments, words):
+def test_wrong_input_is_one_sentence_and_exit_2(whet, config, tmp_path, arguments, words):
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     told = whet(*arguments, cwd=tmp_path)
     assert told.returncode == 2, told.stderr
@@ -107,12 +119,48 @@ def test_wrong_input_is_one_sentence_and_exit_2(config, tmp_path, arguments, wor
     assert not (tmp_path / "runs" / "tiny" / "adapter").exists()
 
 
-def test_debug_gives_the_traceback(tmp_path):
-    told = whet("train", "nowhere.yaml", "--debug", cwd=tmp_path)
-    assert told.returncode == 1 and "Traceback" in told.stderr and "InputError" in told.stderr
+def test_debug_gives_the_traceback(whet):
+    with pytest.raises(InputError):
+        whet("train", "nowhere.yaml", "--debug")
 
 
-def test_init_data_print_config_and_train_follow_each_other(tiny_model, rows_file, tmp_path):
+def test_a_fresh_process_ends_with_the_same_codes(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", "whet", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    assert run("--version").stdout.startswith("whet 0.")
+    for arguments in (["train", "nowhere.yaml"], ["train"], ["export", ".", "--to", "gguff"]):
+        told = run(*arguments)
+        assert told.returncode == 2 and "Traceback" not in told.stderr
+
+
+def test_a_model_that_the_hub_does_not_give_is_one_sentence(config, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(to_yaml(config))
+    told = subprocess.run(
+        [sys.executable, "-m", "whet", "train", file, "--set", "model.name=no-org/no-model"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert told.returncode == 2 and "no-org/no-model" in told.stderr, told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_ctrl_c_outside_training_ends_with_130(whet, config, tmp_path, monkeypatch):
+    import whet.evaluate as module
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    monkeypatch.setattr(module, "mean_loss", interrupted)
+    told = whet("train", tmp_path / "c.yaml")
+    assert told.returncode == 130 and "whet: stopped" in told.stderr
+
+
+def test_init_data_print_config_and_train_follow_each_other(whet, tiny_model, rows_file, tmp_path):
     assert whet("init", "mine.yaml", cwd=tmp_path).returncode == 0
     sets = [
         f"--set={text}"
@@ -133,7 +181,7 @@ def test_init_data_print_config_and_train_follow_each_other(tiny_model, rows_fil
     assert "Traceback" not in told.stderr
 
 
-def test_eval_shows_base_and_tuned(trained):
+def test_eval_shows_base_and_tuned(whet, trained):
     told = whet("eval", trained.path)
     assert told.returncode == 0, told.stderr
     assert "base" in told.stdout and "tuned" in told.stdout and "perplexity" in told.stdout
@@ -143,7 +191,7 @@ def test_eval_shows_base_and_tuned(trained):
     )
 
 
-def test_generate_uses_the_system_prompt_of_the_run(trained):
+def test_generate_uses_the_system_prompt_of_the_run(whet, trained):
     told = whet(
         "generate", trained.path, "-p", "say red", "--max-new-tokens", 6, "--json", "--logprobs"
     )
@@ -154,7 +202,7 @@ def test_generate_uses_the_system_prompt_of_the_run(trained):
     assert raw.stdout.startswith("say red")
 
 
-def test_chat_answers_each_line(trained):
+def test_chat_answers_each_line(whet, trained):
     told = whet(
         "chat", trained.path, "--max-new-tokens", 4, stdin="say red\n/reset\n\nsay blue\n/exit\nx\n"
     )
@@ -162,7 +210,7 @@ def test_chat_answers_each_line(trained):
     assert len(told.stdout.splitlines()) >= 2 and "Traceback" not in told.stderr
 
 
-def test_export_writes_checks_and_keeps_what_is_not_its_own(trained, tmp_path):
+def test_export_writes_checks_and_keeps_what_is_not_its_own(whet, trained, tmp_path):
     told = whet("export", trained.path, "--out", tmp_path / "m", "--dtype", "bfloat16")
     assert told.returncode == 0, told.stderr
     assert "passed; AutoModelForCausalLM" in told.stdout
@@ -175,7 +223,7 @@ def test_export_writes_checks_and_keeps_what_is_not_its_own(trained, tmp_path):
     assert [p.name for p in mine.iterdir()] == ["thesis.tex"]
 
 
-def test_doctor_finds_no_fault_here():
+def test_doctor_finds_no_fault_here(whet):
     told = whet("doctor")
     assert told.returncode == 0 and "ok  CPU" in told.stdout, told.stdout
     assert json.loads(whet("doctor", "--json").stdout)[0]["name"] == "system"

@@ -14,7 +14,7 @@ from typing import Any
 
 from whet.config import DataSection
 from whet.data.formats import Example, check_columns, detect_format, to_example
-from whet.data.sources import Fault, Row, read_rows
+from whet.data.sources import Fault, Row, read_rows, require_sources
 from whet.data.tokenize import Tokens, tokenize
 from whet.errors import InputError
 from whet.model import Tokenizer
@@ -119,10 +119,7 @@ def prepare(
     Raises:
         InputError: A source cannot be read, rows are faulty (all are told), or nothing is learned.
     """
-    if not data.train:
-        raise InputError(
-            "data.train is empty", fix="set data.train to a file, or to a list of files"
-        )
+    require_sources(data)
     train_report = SplitReport()
     train = _read_split(_as_list(data.train), data, train_report, data.max_rows)
     heldout, heldout_report = [], None
