@@ -134,7 +134,7 @@ def rows_file(tmp_path_factory) -> Path:
 @pytest.fixture
 def config(tiny_model, rows_file, tmp_path):
     """A config that trains the tiny model in a second; tests change it with `model_copy` or --set."""
-    from whet.config import load_config
+    from whet.config_file import load_config
 
     return load_config(
         {

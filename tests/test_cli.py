@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from whet.cli import main
-from whet.config import load_config, to_yaml
+from whet.config_file import load_config, to_yaml
 from whet.errors import InputError
 from whet.train.recipe import LogListener, fit
 

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from whet.config import (
+from whet.config import Config
+from whet.config_file import (
     TEMPLATES,
-    Config,
     commented_yaml,
     known_keys,
     load_config,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from whet.config import load_config
+from whet.config_file import load_config
 from whet.evaluate import compare
 from whet.export.check import check_export
 from whet.export.weights import export_adapter, export_merged

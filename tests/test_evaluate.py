@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from whet.config import EvalSection, load_config
+from whet.config import EvalSection
+from whet.config_file import load_config
 from whet.data.report import prepare
 from whet.errors import InputError
 from whet.evaluate import compare, evaluate, mean_loss

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from whet.config import load_config
+from whet.config_file import load_config
 from whet.errors import InputError, WhetError
 from whet.runs import RunFolder, require_free, resume_run, start_run, whole_folder, write_text
 
@@ -99,19 +99,33 @@ def test_resume_refuses_settings_that_change_the_numbers(config):
     (run.checkpoints_dir / "step-3").mkdir(parents=True)
     changed = load_config(config, ["lora.rank=8", "train.max_steps=9"])
     with pytest.raises(InputError, match=r"lora\.rank: 16 became 8") as caught:
-        resume_run(changed)
+        resume_run(changed, "")
     assert "max_steps" not in str(caught.value)
-    _, checkpoint = resume_run(load_config(config, ["train.max_steps=9"]))
+    _, checkpoint = resume_run(load_config(config, ["train.max_steps=9"]), "")
     assert checkpoint.name == "step-3"
     assert run.config.train.max_steps == 9
 
 
 def test_there_may_be_nothing_to_resume(config):
     with pytest.raises(InputError, match="no run"):
-        resume_run(config)
+        resume_run(config, "")
     start_run(config)
     with pytest.raises(InputError, match="no checkpoint"):
-        resume_run(config)
+        resume_run(config, "")
+
+
+def test_a_run_does_not_go_on_with_other_data(config):
+    run, _ = start_run(config)
+    run.update_report(data={"sha256": "then"})
+    with pytest.raises(InputError, match="the data has changed"):
+        resume_run(config, "now")
+
+
+def test_a_run_that_never_made_a_step_is_not_kept(config):
+    run, _ = start_run(config)
+    run.update_report(device="cpu")
+    again, moved = start_run(config)
+    assert moved is None and again.report == {}
 
 
 def test_checkpoints_are_ordered_by_step_and_half_ones_ignored(config):

@@ -147,7 +147,7 @@ NOTES = {
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 NUMBERS = "zero one two three four five six seven eight nine".split()
 PEOPLE = range(2, 9)
-HOURS = range(6, 10)  # it opens in the evening only, so "seven" is always 19:00
+HOURS = range(6, 9)  # guests arrive from 18:00 to 20:30, so "seven" is always 19:00
 
 
 @dataclass(frozen=True)

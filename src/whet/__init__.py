@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from whet.config import Config, load_config
+    from whet.config import Config
+    from whet.config_file import load_config
     from whet.errors import InputError, WhetError
     from whet.train.recipe import fit
     from whet.trained import load_trained
@@ -19,7 +20,7 @@ __all__ = [
 
 _HOMES = {
     "Config": "whet.config",
-    "load_config": "whet.config",
+    "load_config": "whet.config_file",
     "InputError": "whet.errors",
     "WhetError": "whet.errors",
     "fit": "whet.train.recipe",

@@ -17,7 +17,14 @@ import typer
 from typer.core import TyperGroup
 
 from whet import __version__
-from whet.config import TEMPLATES, commented_yaml, help_text, load_config, to_json_schema, to_yaml
+from whet.config_file import (
+    TEMPLATES,
+    commented_yaml,
+    help_text,
+    load_config,
+    to_json_schema,
+    to_yaml,
+)
 from whet.data.sources import require_sources
 from whet.errors import InputError, Interrupted, WhetError, did_you_mean
 
@@ -195,7 +202,13 @@ def train(
     )
     out.print("Next:", markup=False)
     for command in (f"chat {run.path}", f"eval {run.path}", f"export {run.path} --to merged"):
-        out.print(f"  whet {command}", markup=False)
+        out.print(f"  {_program()} {command}", markup=False)
+
+
+def _program() -> str:
+    """Return the command as it was typed, so that the next one can be typed the same way."""
+    typed = Path(sys.argv[0])
+    return "python -m whet" if typed.name == "__main__.py" else str(typed)
 
 
 def _show_evaluation(out: Any, evaluation: dict[str, Any], num_samples: int) -> None:
@@ -259,10 +272,11 @@ def generate(
     _quiet_libraries()
     from whet.data.template import render_prompt
     from whet.generate import generate as complete
+    from whet.terminal import opening
 
     loaded = _load(name)
-    turns = [_turns(loaded, system, text) for text in prompt]
-    texts = list(prompt) if raw else [render_prompt(loaded.tokenizer, t) for t in turns]
+    asked = [[*opening(loaded, system), {"role": "user", "content": text}] for text in prompt]
+    texts = list(prompt) if raw else [render_prompt(loaded.tokenizer, turns) for turns in asked]
     answers = complete(
         loaded.model,
         loaded.tokenizer,
@@ -295,47 +309,11 @@ def chat(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     _quiet_libraries()
-    from whet.data.template import render_prompt
-    from whet.generate import stream
+    from whet.terminal import talk
 
     loaded = _load(name)
     typer.echo(f"{name}. /reset, /system TEXT, /exit or Ctrl-D.", err=True)
-    turns = _turns(loaded, system)
-    while True:
-        try:
-            text = input("> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            typer.echo("", err=True)
-            return
-        command, _, rest = text.partition(" ")
-        if command in ("/exit", "/quit"):
-            return
-        if command in ("/reset", "/system"):
-            system = rest if command == "/system" else system
-            turns = _turns(loaded, system)
-            continue
-        if not text:
-            continue
-        turns.append({"role": "user", "content": text})
-        pieces: list[str] = []
-        try:
-            for piece in stream(
-                loaded.model,
-                loaded.tokenizer,
-                render_prompt(loaded.tokenizer, turns),
-                sampling,
-            ):
-                pieces.append(piece)
-                typer.echo(piece, nl=False)
-                sys.stdout.flush()
-        except KeyboardInterrupt:
-            typer.echo(" [stopped]", nl=False)
-        except InputError as error:  # the conversation has outgrown the model
-            typer.echo(f"{error}; /reset starts anew", err=True)
-            turns.pop()
-            continue
-        typer.echo("")
-        turns.append({"role": "assistant", "content": "".join(pieces).strip()})
+    talk(loaded, sampling, system)
 
 
 @app.command()
@@ -403,19 +381,12 @@ def _load(name: str, assignments: list[str] | None = None) -> Loaded:
     )
 
 
-def _turns(loaded: Loaded, system: str | None, text: str | None = None) -> list[dict[str, str]]:
-    """Return the start of a conversation, with the system prompt a run was trained with."""
-    prompt = loaded.config.data.system if system is None else system
-    turns = [{"role": "system", "content": prompt}] if prompt else []
-    return [*turns, {"role": "user", "content": text}] if text is not None else turns
-
-
 def _quiet_libraries() -> None:
     """Keep other libraries' bars and advice off the terminal; their errors still come through."""
     import warnings
 
     warnings.simplefilter("ignore")
-    logging.basicConfig(level=logging.ERROR)
+    logging.basicConfig(level=logging.ERROR, format="  - %(message)s")
     logging.getLogger("whet").setLevel(logging.INFO)
     import transformers
 

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from whet.config import Config, load_config, to_yaml
+from whet.config import Config
+from whet.config_file import load_config, to_yaml
 from whet.errors import InputError, WhetError
 
 # Keys that a resumed run may change: they end, name or watch a run, but do not change its numbers
@@ -27,6 +28,9 @@ RESUMABLE_KEYS = {
     "train.checkpoint_steps", "train.keep_checkpoints", "eval.batch_size", "eval.exact_match",
     "eval.max_new_tokens", "eval.samples", "eval.max_rows", "eval.steps",
 }  # fmt: skip
+
+
+_BEFORE_THE_FIRST_STEP = {"config.yaml", "report.json", ".lock"}
 
 
 class RunFolder:
@@ -127,10 +131,7 @@ class RunFolder:
         make_folder(self.path)
         holder = _living_holder(self.lock_file)
         if holder is not None:
-            raise InputError(
-                f"run '{self.path}' is being trained by process {holder}",
-                fix="wait for it, or give this one another name with --set run.name=NAME",
-            )
+            raise _being_trained(self, holder)
         write_text(self.lock_file, str(os.getpid()))
         for folder in (self.path, self.checkpoints_dir):
             for stale in folder.glob(".*.tmp"):  # of a process that was killed while writing
@@ -144,6 +145,8 @@ class RunFolder:
 def start_run(config: Config) -> tuple[RunFolder, Path | None]:
     """Make the folder of a new run; a run already there is moved aside, never overwritten.
 
+    Only the remains of a run that never got to its first step are written over.
+
     Returns:
         The folder, and where the earlier run of that name went (or None).
 
@@ -152,23 +155,25 @@ def start_run(config: Config) -> tuple[RunFolder, Path | None]:
     """
     run = RunFolder(Path(config.run.dir) / config.run.name)
     moved = None
-    if run.path.exists() and any(run.path.iterdir()):
-        if (holder := _living_holder(run.lock_file)) is not None:
-            raise InputError(
-                f"run '{run.path}' is being trained by process {holder}",
-                fix="wait for it, or give this one another name with --set run.name=NAME",
-            )
+    if (holder := _living_holder(run.lock_file)) is not None:
+        raise _being_trained(run, holder)
+    if run.path.exists() and {p.name for p in run.path.iterdir()} - _BEFORE_THE_FIRST_STEP:
         number = 1
         while (moved := run.path.with_name(f"{run.path.name}.{number}")).exists():
             number += 1
         run.path.rename(moved)
     make_folder(run.path)
     write_text(run.config_file, to_yaml(config))
+    run.report_file.unlink(missing_ok=True)
     return run, moved
 
 
-def resume_run(config: Config) -> tuple[RunFolder, Path]:
+def resume_run(config: Config, data_sha256: str) -> tuple[RunFolder, Path]:
     """Open a run that was interrupted, with its newest checkpoint.
+
+    Args:
+        config: The run's config; what it may change is in RESUMABLE_KEYS.
+        data_sha256: Hash of the tokenised data, which must be what it was.
 
     Raises:
         InputError: There is nothing to resume, or the config would change the run's numbers.
@@ -186,6 +191,11 @@ def resume_run(config: Config) -> tuple[RunFolder, Path]:
             f"run '{run.path}' cannot go on with other settings; put these back, or start anew "
             "without --resume:",
             changed,
+        )
+    if run.report.get("data", {}).get("sha256", data_sha256) != data_sha256:
+        raise InputError(
+            f"the data has changed since run '{run.path}' began, so it cannot go on as it was",
+            fix="put the rows back, or start anew without --resume",
         )
     checkpoints = run.checkpoints()
     if not checkpoints:
@@ -206,6 +216,13 @@ def _differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any]]:
         for key, inner in value.items():
             if inner != after[section][key]:
                 yield f"{section}.{key}", inner, after[section][key]
+
+
+def _being_trained(run: RunFolder, holder: int) -> InputError:
+    return InputError(
+        f"run '{run.path}' is being trained by process {holder}",
+        fix="wait for it, or give this one another name with --set run.name=NAME",
+    )
 
 
 def _living_holder(lock_file: Path) -> int | None:

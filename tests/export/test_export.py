@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from whet.config import load_config
+from whet.config_file import load_config
 from whet.errors import InputError
 from whet.export.check import check_export
 from whet.export.weights import export_adapter, export_merged

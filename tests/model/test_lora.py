@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from whet.config import LoraSection, ModelSection, load_config
+from whet.config import LoraSection, ModelSection
+from whet.config_file import load_config
 from whet.errors import InputError
 from whet.model.load import load_model
 from whet.model.lora import (

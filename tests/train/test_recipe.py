@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from whet.config import load_config, to_yaml
+from whet.config_file import load_config, to_yaml
 from whet.errors import InputError, Interrupted, WhetError
 from whet.runs import RunFolder
 from whet.train.recipe import LogListener, fit
@@ -165,6 +165,14 @@ def test_wrong_input_leaves_an_earlier_run_where_it_is(config):
             fit(load_config(config, [wrong]), listener=Heard())
     assert run.weights_dir is not None
     assert [p.name for p in run.path.parent.iterdir()] == ["tiny"]
+
+
+def test_a_loss_that_is_no_number_ends_the_run(config):
+    wild = load_config(config, ["train.learning_rate=1e30", "train.parameters=full"])
+    with pytest.raises(
+        WhetError, match=r"no longer a number at step .* lower train\.learning_rate"
+    ):
+        fit(wild, listener=Heard())
 
 
 def test_an_unknown_optimizer_is_named(config):

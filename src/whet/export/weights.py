@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whet.config import to_yaml
+from whet.config_file import to_yaml
 from whet.errors import InputError
 from whet.model import CausalLM
 from whet.model.load import choose_dtype, load_model, load_tokenizer

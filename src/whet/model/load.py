@@ -241,19 +241,28 @@ def load_model(
         )
 
 
+def load_model_config(model: ModelSection) -> Any:
+    """Load a model's transformers config, without its weights.
+
+    Raises:
+        InputError: There is no such model, or transformers does not know its family.
+    """
+    from transformers import AutoConfig
+
+    source = resolve(model.name)
+    with _loading("model", model.name):
+        return AutoConfig.from_pretrained(
+            source, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+
+
 def max_length(model: ModelSection) -> int:
     """Return the longest example in tokens: what the config says, within what the model can take.
 
     Raises:
         InputError: The config asks for more than the model was made for, or there is no such model.
     """
-    from transformers import AutoConfig
-
-    source = resolve(model.name)
-    with _loading("model", model.name):
-        config = AutoConfig.from_pretrained(
-            source, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+    config = load_model_config(model)
     text_config = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
     if model.max_length is None:

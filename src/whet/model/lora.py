@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from whet.config import Config, LoraSection, ModelSection
 from whet.errors import InputError, did_you_mean
 from whet.model import CausalLM
-from whet.model.load import load_model
+from whet.model.load import load_model, load_model_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +34,37 @@ def prepare_parameters(model: CausalLM, config: Config) -> CausalLM:
     return model
 
 
+def check_parameters(config: Config) -> None:
+    """Check the names and numbers that depend on the model's structure, before its weights are read.
+
+    Args:
+        config: The whole config.
+
+    Raises:
+        InputError: A target module or layer is not in the model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            load_model_config(config.model), trust_remote_code=config.model.trust_remote_code
+        )
+    if config.train.parameters == "lora":
+        _check_targets(model, config.lora)
+    elif config.train.parameters == "last_layers":
+        freeze_all_but_last(model, config.train.last_layers)
+
+
+def _check_targets(model: nn.Module, lora: LoraSection) -> None:
+    _check_names(model, [n for n in _target_names(lora) if n != "all-linear"], "lora.targets")
+    _check_names(model, lora.modules_to_save, "lora.modules_to_save")
+
+
+def _target_names(lora: LoraSection) -> list[str]:
+    return [lora.targets] if isinstance(lora.targets, str) else lora.targets
+
+
 def add_adapter(model: CausalLM, lora: LoraSection, base: ModelSection) -> CausalLM:
     """Put a LoRA adapter on a model.
 
@@ -47,9 +78,8 @@ def add_adapter(model: CausalLM, lora: LoraSection, base: ModelSection) -> Causa
     """
     from peft import LoraConfig, get_peft_model
 
-    names = [lora.targets] if isinstance(lora.targets, str) else lora.targets
-    _check_names(model, [name for name in names if name != "all-linear"], "lora.targets")
-    _check_names(model, lora.modules_to_save, "lora.modules_to_save")
+    _check_targets(model, lora)
+    names = _target_names(lora)
     settings: dict[str, Any] = {
         "r": lora.rank,
         "lora_alpha": lora.alpha,

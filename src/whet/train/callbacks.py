@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from whet.errors import WhetError
 from whet.runs import RunFolder, writing
 
 if TYPE_CHECKING:
@@ -83,6 +85,12 @@ class Metrics(TrainerCallback):
             self._write({"step": state.global_step, "heldout_loss": logs["eval_loss"]})
         if "loss" not in logs:
             return
+        if not math.isfinite(logs["loss"]):
+            raise WhetError(
+                f"the loss is no longer a number at step {state.global_step}",
+                logs["loss"],
+                "lower train.learning_rate or raise train.warmup_steps, and start anew",
+            )
         assert self.trainer is not None
         now, tokens = time.perf_counter(), self.trainer.tokens_seen
         done = state.global_step - self._first_step

@@ -35,13 +35,25 @@ def plot_loss(run: RunFolder) -> None:
         heldout.append((steps[-1], evaluation["tuned"]["loss"]))
     if heldout:
         points = sorted(dict(heldout).items())
-        axes.plot(*zip(*points, strict=True), "o--", color="#d1603d", linewidth=1, label="held out")
+        # Two points have no course between them: a line would draw one that nobody measured.
+        line = "--" if len(points) > 2 else "none"
+        axes.plot(
+            *zip(*points, strict=True),
+            marker="o",
+            linestyle=line,
+            color="#d1603d",
+            label="held out",
+        )
         for step, loss in (points[0], points[-1]):
             axes.annotate(
-                f"{loss:.2f}", (step, loss), (0, 8), textcoords="offset points", ha="center"
+                f"{loss:.3g}", (step, loss), (0, 9), textcoords="offset points", ha="center"
             )
     axes.set(xlabel="optimizer step", ylabel="loss (nats per learned token)", title=run.path.name)
-    axes.set_ylim(0, None)
+    if min(losses) > 0 and max(losses) > 20 * losses[-1]:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(0, None)
     axes.margins(x=0.04, y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
@@ -52,7 +64,7 @@ def plot_loss(run: RunFolder) -> None:
         temporary.replace(run.plot_file)
 
 
-def _running_mean(values: list[float], weight: float = 0.9) -> list[float]:
+def _running_mean(values: list[float], weight: float = 0.85) -> list[float]:
     """Return the exponential mean, corrected for its start (as Adam's moments are)."""
     mean, means = 0.0, []
     for count, value in enumerate(values, 1):

@@ -20,10 +20,11 @@ from whet.errors import Interrupted
 from whet.evaluate import Sample, Scores, evaluate
 from whet.model import CausalLM, Tokenizer
 from whet.model.load import choose_dtype, device, load_model, load_tokenizer, max_length
-from whet.model.lora import count_parameters, prepare_parameters
+from whet.model.lora import check_parameters, count_parameters, prepare_parameters
 from whet.runs import RunFolder, require_free, resume_run, start_run, whole_folder, write_text
 from whet.train.callbacks import Metrics, Progress, StopAtSignal, peak_memory_bytes
 from whet.train.plot import plot_loss
+from whet.train.trainer import WhetTrainer, check_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +78,15 @@ def fit(config: Config, resume: bool = False, listener: Listener | None = None) 
     started = time.perf_counter()
     listener.stage("reading the data")
     limit = max_length(config.model)
+    check_parameters(config)
+    check_optimizer(config.train.optimizer)
     tokenizer = load_tokenizer(config.model)
     template = set_chat_template(tokenizer, config.model.chat_template)
     data = prepare(config.data, tokenizer, limit, template)
     _tell_data(data, listener)
 
     if resume:
-        run, checkpoint = resume_run(config)
+        run, checkpoint = resume_run(config, data.report.sha256)
         listener.note(f"going on from {checkpoint}")
     else:
         (run, moved), checkpoint = start_run(config), None
@@ -160,8 +163,6 @@ def _train(
     listener: Listener,
 ) -> CausalLM:
     from transformers import set_seed
-
-    from whet.train.trainer import WhetTrainer
 
     set_seed(config.train.seed)
     tuned = prepare_parameters(model, config)

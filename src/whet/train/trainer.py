@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from whet.config import Config
 from whet.data.tokenize import Tokens, collate
+from whet.errors import InputError, did_you_mean
 from whet.model import CausalLM, Tokenizer
 from whet.model.loss import summed_loss
 from whet.runs import RunFolder, whole_folder
@@ -164,33 +166,35 @@ class WhetTrainer(Trainer):
         self.tokens_seen = state["tokens_seen"]
 
 
+def check_optimizer(name: str) -> None:
+    """Check an optimizer's name against transformers' list.
+
+    Raises:
+        InputError: It is not there.
+    """
+    known = [str(optimizer.value) for optimizer in OptimizerNames]
+    if name not in known:
+        guess = did_you_mean(name, known)
+        raise InputError(
+            f"train.optimizer '{name}' is not one that transformers knows",
+            fix=f"did you mean '{guess}'?" if guess else f"use one of {', '.join(known)}",
+        )
+
+
 def training_arguments(config: Config, run: RunFolder) -> TrainingArguments:
     """Translate the config into transformers' arguments.
 
     Args:
         config: The run's config.
         run: The run's folder.
-
-    Raises:
-        InputError: transformers does not know the optimizer.
     """
-    from transformers.training_args import OptimizerNames
-
-    from whet.errors import InputError, did_you_mean
     from whet.model.load import choose_dtype, device
 
     train = config.train
-    names = [str(name.value) for name in OptimizerNames]
-    if train.optimizer not in names:
-        guess = did_you_mean(train.optimizer, names)
-        raise InputError(
-            f"train.optimizer '{train.optimizer}' is not one that transformers knows",
-            fix=f"did you mean '{guess}'?" if guess else f"use one of {', '.join(names)}",
-        )
     on_cuda = device().type == "cuda"
     dtype, _ = choose_dtype(config.model.dtype, train.parameters != "lora")
     bf16 = dtype is torch.float32 and train.parameters != "lora" and config.model.dtype is None
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run.checkpoints_dir),
         per_device_train_batch_size=config.examples_per_pass,
         gradient_accumulation_steps=train.batch_size // config.examples_per_pass,
@@ -223,3 +227,6 @@ def training_arguments(config: Config, run: RunFolder) -> TrainingArguments:
         disable_tqdm=True,
         report_to=[],
     )
+    # One process drives one GPU. Left alone, transformers puts DataParallel over all it sees.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
