@@ -76,7 +76,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, tokenizer) -> Path:
-    """The folder of a random Llama with two layers, tied head and grouped heads."""
+    """The folder of a random Llama with two layers, tied head, grouped heads and biases."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -90,12 +90,17 @@ def tiny_model(tmp_path_factory, tokenizer) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=256,
         tie_word_embeddings=True,
+        attention_bias=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # made as zeros, which would hide a lost bias
+            torch.nn.init.normal_(parameter, std=0.1)
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

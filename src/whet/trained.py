@@ -36,7 +36,8 @@ class Loaded:
     @contextlib.contextmanager
     def base(self) -> Iterator[CausalLM]:
         """Give the body the model as it was before training."""
-        if hasattr(self.model, "disable_adapter"):
+        # A trained bias stays in the base when the adapter is turned off.
+        if hasattr(self.model, "disable_adapter") and self.config.lora.bias == "none":
             with self.model.disable_adapter():
                 yield self.model
         elif self.run is None:

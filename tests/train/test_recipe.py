@@ -41,7 +41,7 @@ def test_a_run_learns_and_its_folder_tells_everything(config):
     run = fit(config, listener=heard)
     report = run.report
     base, tuned = report["evaluation"]["base"], report["evaluation"]["tuned"]
-    assert tuned["perplexity"] < 0.7 * base["perplexity"]
+    assert tuned["perplexity"] < 0.9 * base["perplexity"]
     assert (
         0 <= base["exact_match"] <= 1
         and base["num_answers"] == report["data"]["heldout"]["examples"]
@@ -69,6 +69,7 @@ def test_a_run_learns_and_its_folder_tells_everything(config):
         ["lora.init=pissa"],
         ["lora.init=loftq", "model.load_in_4bit=true"],
         ["lora.dora=true"],
+        ["lora.bias=all"],
         ["model.dtype=bfloat16"],
         ["train.gradient_checkpointing=true"],
         ["eval.steps=3", "train.optimizer=adamw_8bit"],
