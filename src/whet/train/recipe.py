@@ -111,8 +111,8 @@ def _tell_data(data: PreparedData, listener: Listener) -> None:
     train, heldout = data.report.train, data.report.heldout
     share = train.tokens_learned / train.tokens
     listener.note(
-        f"{train.examples} examples to learn ({', '.join(train.formats)}): {train.tokens:,} tokens, "
-        f"{train.tokens_learned:,} of them learned ({share:.0%}), the longest has {train.longest}"
+        f"{train.examples} examples ({', '.join(train.formats)}), {train.tokens:,} tokens, {share:.0%} "
+        f"of them learned, the longest example {train.longest}"
         + (f"; {heldout.examples} held out" if heldout else "")
     )
     if data.report.chat_template != "the tokenizer's own":
