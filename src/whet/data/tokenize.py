@@ -127,5 +127,7 @@ def collate(rows: Sequence[Tokens], pad_token_id: int) -> dict[str, torch.Tensor
     return {
         "input_ids": torch.tensor([padded(t.input_ids, pad_token_id) for t in rows]),
         "attention_mask": torch.tensor([padded([1] * len(t.input_ids), 0) for t in rows]),
-        "labels": torch.tensor([padded(t.labels, IGNORED) for t in rows]),
+        # Nothing stands before the first token to predict it from; with its label gone, counting the
+        # labels gives the same number before and after the shift.
+        "labels": torch.tensor([padded([IGNORED, *t.labels[1:]], IGNORED) for t in rows]),
     }

@@ -107,7 +107,6 @@ class WhetTrainer(Trainer):
         # compute_loss below shifts the labels itself, and divides by those of the whole step.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self._loss_shifts_labels = True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         del train_dataset
@@ -166,6 +165,12 @@ class WhetTrainer(Trainer):
         self.tokens_seen = state["tokens_seen"]
 
 
+def _checkpointing(on: bool) -> dict[str, Any]:
+    """Turn gradient checkpointing on under the name that this transformers has for it."""
+    new = "activation_checkpointing"
+    return {new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing": on}
+
+
 def check_optimizer(name: str) -> None:
     """Check an optimizer's name against transformers' list.
 
@@ -208,7 +213,7 @@ def training_arguments(config: Config, run: RunFolder) -> TrainingArguments:
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         optim=train.optimizer,
-        activation_checkpointing=train.gradient_checkpointing,
+        **_checkpointing(train.gradient_checkpointing),
         seed=train.seed,
         # Float32 weights that are trained themselves are multiplied in bfloat16 where a GPU has it.
         bf16=bf16 and on_cuda and torch.cuda.is_bf16_supported(including_emulation=False),
