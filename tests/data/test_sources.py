@@ -91,3 +91,31 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
         list(read_rows(str(tmp_path / "trian.jsonl")))
     with pytest.raises(InputError, match="is a folder"):
         list(read_rows(str(tmp_path)))
+
+
+@pytest.mark.parametrize(("source", "split"), [("org/rows", "train"), ("org/rows:test", "test")])
+def test_a_hub_dataset_is_read_by_id_and_split(monkeypatch, source, split):
+    import datasets
+
+    asked = []
+
+    def load(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = list(read_rows(source))
+    assert asked == [("org/rows", split)]
+    assert [row.values for row in rows] == ROWS and rows[1].where == f"{source} row 2"
+
+
+def test_a_dataset_that_the_hub_does_not_give_is_one_sentence(monkeypatch):
+    import datasets
+
+    def load(name, split):
+        raise ConnectionError("Couldn't reach 'org/rows' on the Hub\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(InputError, match="neither a file here nor a dataset") as caught:
+        list(read_rows("org/rows"))
+    assert "second line" not in str(caught.value)
