@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from whet.config_file import load_config
+from whet.data.template import render_prompt
 from whet.evaluate import compare
 from whet.export.check import check_export
 from whet.export.weights import export_adapter, export_merged
+from whet.generate import Sampling, generate
 from whet.model.load import load_tokenizer
+from whet.terminal import opening
 from whet.train.recipe import LogListener, fit
 from whet.trained import load_trained
 
@@ -68,6 +71,15 @@ def test_the_exports_load_in_plain_libraries_with_the_live_logits(run, tmp_path)
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits.float()
         bound = 2 * (live.model.to(dtype)(ids).logits.float() - truth).abs().max()
         assert (merged - truth).abs().max() <= bound + 1e-4 * truth.abs().max()
+
+
+def test_generate_answers_in_the_form_that_was_learned(run):
+    loaded = load_trained(str(run.path))
+    turns = [*opening(loaded, None), {"role": "user", "content": "Table for two, Friday 7pm. Ana"}]
+    prompt = render_prompt(loaded.tokenizer, turns)
+    (found,) = generate(loaded.model, loaded.tokenizer, [prompt], Sampling(max_new_tokens=40))
+    assert run.config.data.system in found.prompt
+    assert found.text.startswith('{"name":')
 
 
 def test_eval_measures_what_the_run_measured(run):

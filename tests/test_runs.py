@@ -38,6 +38,10 @@ def test_a_folder_is_whole_or_absent(tmp_path):
     for text in ("one", "two"):
         with whole_folder(folder) as temporary:
             (temporary / "file").write_text(text)
+            (temporary / "file").chmod(0o600)
+    plain = tmp_path / "adapter" / "plain"
+    plain.write_text("")
+    assert (folder / "file").stat().st_mode == plain.stat().st_mode
     assert (folder / "file").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 

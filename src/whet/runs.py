@@ -288,6 +288,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
+                    # safetensors writes files that only their owner may read.
+                    file.chmod(temporary.stat().st_mode & 0o666)
                     with open(file, "rb") as handle:
                         os.fsync(handle.fileno())
             if path.exists():

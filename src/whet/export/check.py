@@ -91,9 +91,9 @@ def check_export(
     def worst(one: list[torch.Tensor], two: list[torch.Tensor]) -> float:
         return max((a - b).abs().max().item() for a, b in zip(one, two, strict=True))
 
-    # Float32 sums in another order: 1e-4 of the logits' own size, measured 1e-6 to 1e-5 of it.
+    # Float32 sums in another order: 1e-5 of the logits' own size (SmolLM2-135M, merged: 1.3e-6 of it).
     size = max(logits.abs().max().item() for logits in truth)
-    return Check(worst(exported, truth), 2 * worst(rounded, truth) + 1e-4 * size, len(rows), same)
+    return Check(worst(exported, truth), 2 * worst(rounded, truth) + 1e-5 * size, len(rows), same)
 
 
 def _texts(run: RunFolder, tokenizer: Tokenizer) -> list[str]:
