@@ -73,13 +73,15 @@ def test_the_exports_load_in_plain_libraries_with_the_live_logits(run, tmp_path)
         assert (merged - truth).abs().max() <= bound + 1e-4 * truth.abs().max()
 
 
-def test_generate_answers_in_the_form_that_was_learned(run):
+def test_generate_answers_as_the_evaluation_did(run):
     loaded = load_trained(str(run.path))
-    turns = [*opening(loaded, None), {"role": "user", "content": "Table for two, Friday 7pm. Ana"}]
+    sample = run.report["evaluation"]["tuned_samples"][0]
+    turns = [*opening(loaded, None), {"role": "user", "content": sample["question"]}]
     prompt = render_prompt(loaded.tokenizer, turns)
-    (found,) = generate(loaded.model, loaded.tokenizer, [prompt], Sampling(max_new_tokens=40))
+    (found,) = generate(loaded.model, loaded.tokenizer, [prompt], Sampling(max_new_tokens=12))
     assert run.config.data.system in found.prompt
-    assert found.text.startswith('{"name":')
+    # One row alone and a padded batch round differently, so only the start must be the same.
+    assert found.text[:8] == sample["answer"][:8] and len(found.text) >= 8
 
 
 def test_eval_measures_what_the_run_measured(run):
