@@ -1,8 +1,8 @@
 """The training loss: cross entropy summed over the labelled tokens, without logits for the others.
 
 transformers' models take a boolean mask as `logits_to_keep`, and then multiply by the head only the
-hidden states of those positions. In the quickstart that is half of all tokens, and the head is a
-fifth of the model's work.
+hidden states of those positions. In the quickstart that is 39% of all tokens, and the head holds a
+fifth of SmolLM2-135M's weights.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def summed_loss(model: CausalLM, batch: dict[str, torch.Tensor]) -> tuple[torch.
 
 
 def _takes_row_mask(model: Any) -> bool:
-    """Whether a model computes logits for the rows of a boolean mask only (transformers 5.20+)."""
+    """Whether a model makes logits for the rows of a boolean mask only (transformers 5.21 and later)."""
     model = getattr(model, "module", model)  # out of a DDP wrapper
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return hasattr(sys.modules[type(base).__module__], "slice_logits_to_keep")

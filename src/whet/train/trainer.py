@@ -126,7 +126,7 @@ class WhetTrainer(Trainer):
         loss, num_labels = summed_loss(model, inputs)
         if model.training:
             self.tokens_seen += int(inputs["attention_mask"].sum())
-        loss = loss / (num_labels if num_items_in_batch is None else num_items_in_batch)
+        loss = loss / (max(1, num_labels) if num_items_in_batch is None else num_items_in_batch)
         # Each process divides by the labels of all, and DDP takes the mean over processes.
         loss = loss * (1 if num_items_in_batch is None else self.accelerator.num_processes)
         return (loss, {"loss": loss}) if return_outputs else loss
