@@ -176,7 +176,7 @@ def test_init_data_print_config_and_train_follow_each_other(whet, tiny_model, ro
     assert told.returncode == 0, told.stderr
     lines = told.stdout.splitlines()
     assert sum(line.startswith("step ") for line in lines) == 2
-    assert any("perplexity" in line for line in lines) and "whet chat runs/run" in told.stdout
+    assert any("perplexity" in line for line in lines) and "whet chat runs/mine" in told.stdout
     assert "\x1b" not in told.stdout, "no terminal codes in a pipe"
     assert "Traceback" not in told.stderr
 

@@ -22,6 +22,7 @@ from whet.config_file import (
     commented_yaml,
     help_text,
     load_config,
+    parse_yaml,
     to_json_schema,
     to_yaml,
 )
@@ -110,7 +111,9 @@ def init(
     from whet.runs import make_folder, write_text
 
     make_folder(path.parent)
-    write_text(path, commented_yaml(template))
+    text = commented_yaml(template, path.stem)
+    load_config(parse_yaml(text))  # refuses a file name that cannot name a run
+    write_text(path, text)
     typer.echo(f"wrote {path}; set data.train in it, then: whet data {path}; whet train {path}")
 
 
@@ -182,7 +185,7 @@ def train(
         return
     require_sources(settings.data)
     _quiet_libraries()
-    from whet.terminal import Terminal, clock
+    from whet.terminal import Terminal, clock, show_evaluation
 
     terminal = Terminal()
     terminal.stage(f"whet {__version__}: {config}, starting")
@@ -194,7 +197,7 @@ def train(
         terminal.finish()
     report = run.report
     if "tuned" in report.get("evaluation", {}):
-        _show_evaluation(terminal.out, report["evaluation"], settings.eval.samples)
+        show_evaluation(terminal.out, report["evaluation"], settings.eval.samples)
     out = terminal.out
     out.print(
         f"\nDone in {clock(report['seconds'])}, peak memory {report['peak_bytes'] / 2**30:.2f} GiB. "
@@ -211,17 +214,6 @@ def _program() -> str:
     return "python -m whet" if typed.name == "__main__.py" else str(typed)
 
 
-def _show_evaluation(out: Any, evaluation: dict[str, Any], num_samples: int) -> None:
-    from whet.evaluate import Sample
-    from whet.terminal import score_table, show_samples
-
-    out.print()
-    out.print(score_table(evaluation["base"], evaluation.get("tuned")))
-    base = [Sample(**sample) for sample in evaluation["base_samples"]]
-    tuned = [Sample(**sample) for sample in evaluation.get("tuned_samples", [])]
-    show_samples(out, base, tuned, num_samples)
-
-
 @app.command(name="eval", epilog=_keys("eval"))
 def evaluate(
     name: RunOrModel,
@@ -234,7 +226,7 @@ def evaluate(
     """Measure perplexity (and exact match) on held-out rows, the base beside the tuned model."""
     _quiet_libraries()
     from whet.evaluate import compare
-    from whet.terminal import Terminal, console
+    from whet.terminal import Terminal, console, show_evaluation
 
     terminal = Terminal(console(stderr=as_json))
     terminal.stage(f"loading {name}")
@@ -244,9 +236,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    _show_evaluation(
-        terminal.out, {k: v for k, v in found.items() if v}, loaded.config.eval.samples
-    )
+    show_evaluation(terminal.out, {k: v for k, v in found.items() if v}, loaded.config.eval.samples)
 
 
 @app.command()
@@ -359,7 +349,7 @@ def export(
     tokenizer = load_tokenizer(config.model, run.weights_dir)
     result = check_export(run, folder, to, kind, tokenizer)
     typer.echo(
-        f"loaded it again: logits of {result.rows} held-out rows differ by at most "
+        f"loaded it again: logits of {result.rows} texts differ by at most "
         f"{result.max_error:.2e} (bound {result.bound:.2e}); tokenizer and template "
         f"{'equal' if result.same_tokens else 'DIFFER'}"
     )

@@ -268,13 +268,19 @@ TEMPLATES: dict[str, dict[str, Any]] = {
 }
 
 
-def commented_yaml(template: str = "sft") -> str:
+def commented_yaml(template: str = "sft", name: str = "run") -> str:
     """Return a config with every key at its default and its meaning above it.
 
     Args:
         template: One of TEMPLATES.
+        name: Name of the run.
     """
-    values = {"data.train": "train.jsonl", "data.heldout_fraction": 0.1, **TEMPLATES[template]}
+    values = {
+        "run.name": name,
+        "data.train": "train.jsonl",
+        "data.heldout_fraction": 0.1,
+        **TEMPLATES[template],
+    }
     lines = [
         "# A whet config. Check the data with `whet data FILE`, then run `whet train FILE`.",
         "# Every key is here with its default; delete what you do not change.",

@@ -141,6 +141,23 @@ def show_samples(out: Console, base: Sequence[Sample], tuned: Sequence[Sample], 
             out.print(Text.assemble((f"  {name:<9}{mark:<4}", "dim"), " ".join(text.split())))
 
 
+def show_evaluation(out: Console, evaluation: dict[str, Any], num_samples: int) -> None:
+    """Print the scores and the first answers of a run's evaluation.
+
+    Args:
+        out: Where to.
+        evaluation: As in report.json.
+        num_samples: How many answers.
+    """
+    from whet.evaluate import Sample
+
+    out.print()
+    out.print(score_table(evaluation["base"], evaluation.get("tuned")))
+    base = [Sample(**sample) for sample in evaluation["base_samples"]]
+    tuned = [Sample(**sample) for sample in evaluation.get("tuned_samples", [])]
+    show_samples(out, base, tuned, num_samples)
+
+
 def data_table(report: DataReport) -> Table:
     """Return the supervision report's counts, training beside held-out rows."""
     table = Table(title="Data", title_justify="left", title_style="bold", box=SIMPLE)

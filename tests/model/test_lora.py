@@ -74,7 +74,7 @@ def test_alpha_scales_the_update(base):
         assert layer.scaling["default"] == scale
 
 
-def test_loftq_halves_nothing_but_brings_nf4_nearer_to_the_weights(base):
+def test_loftq_brings_nf4_nearer_to_the_weights_and_keeps_the_base(base):
     exact = load_model(base, torch.float32)
     four_bit = base.model_copy(update={"load_in_4bit": True})
     model = load_model(four_bit, torch.float32)

@@ -3,7 +3,7 @@
 Sources: a Hub id, a local Hugging Face folder, a `.gguf` file, and short names of models that come
 inside a Python package. A GGUF file is unpacked once into a Hugging Face folder in the user's cache
 (exactly: its blocks become float32), so that every later step is the same for all sources, and so
-that the second start takes seconds (SmolLM2-135M: 20 s against 2 s on two cores).
+that a later start does not parse it again (SmolLM2-135M: 0.4 s instead of 20 s on two cores).
 """
 
 from __future__ import annotations
