@@ -222,6 +222,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from whet.engine.projection import keep_4bit_weights
+
     source = str(folder or resolve(model.name))
     options: dict[str, Any] = {"device_map": {"": device()}} if device().type == "cuda" else {}
     if model.load_in_4bit:
@@ -232,13 +234,15 @@ def load_model(
             bnb_4bit_compute_dtype=dtype,
         )
     with _loading("model", model.name if folder is None else source):
-        return AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             **options,
         )
+    keep_4bit_weights(loaded)
+    return loaded
 
 
 def load_model_config(model: ModelSection) -> Any:

@@ -1,0 +1,43 @@
+"""A model output with a loss, whose logits are made when somebody looks at them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+@dataclass
+class LossOutput(CausalLMOutputWithPast):
+    """CausalLMOutputWithPast in which `logits` is made at the first look.
+
+    A training loop that only wants the loss never pays for logits of all tokens; one that wants them
+    finds them where they always are.
+    """
+
+    def set_maker(self, make: Callable[[], torch.Tensor]) -> None:
+        """Say how logits are made, should somebody ask."""
+        vars(self)["_make_logits"] = make
+
+    def __getitem__(self, key: Any) -> Any:
+        """Give a field by name or place."""
+        return self.logits if key == "logits" else super().__getitem__(key)
+
+
+def _get_logits(self: LossOutput) -> torch.Tensor | None:
+    state = vars(self)
+    make: Callable[[], torch.Tensor] | None = state.get("_make_logits")
+    if state.get("_logits") is None and make is not None:
+        state["_logits"] = make()
+    return state.get("_logits")
+
+
+def _set_logits(self: LossOutput, value: torch.Tensor | None) -> None:
+    vars(self)["_logits"] = value
+
+
+# The base class is a dataclass with a field of this name; a property of the subclass goes before it.
+LossOutput.logits = property(_get_logits, _set_logits)  # type: ignore[assignment]

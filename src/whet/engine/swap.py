@@ -1,0 +1,373 @@
+"""Put the engine into one model instance, and take it out again.
+
+Only `forward` of that instance's decoder layers, last norm, decoder and top is set, as attributes of
+the instances; classes, weights, names and `state_dict` stay what they were. The report says for every
+layer and part whether it is fused, or keeps its own code and why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from whet.engine import model as models
+from whet.engine.head import Head, read_head
+from whet.engine.layer import LayerRecord, attention_interface
+from whet.engine.memory import Policy
+from whet.engine.model import EngineState
+from whet.engine.projection import Unsupported, keep_4bit_weights
+from whet.engine.spec import LayerSpec, read_layer, read_norm
+from whet.errors import WhetError
+
+Check = Literal["quick", "full", "off"]
+LAST_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How the engine goes in.
+
+    Args:
+        check: Compare with the original when it goes in: each distinct layer and the whole model on a
+            few tokens (quick), every layer (full), or nothing (off).
+        strict: Raise when anything keeps its own code.
+        debug: Report the first value that is not finite, with the layer it came from.
+        head_rows: Rows of a chunk of logits; None takes the device's default.
+        policies: Where saved tensors stay, one for each layer, or one for all.
+    """
+
+    check: Check = "quick"
+    strict: bool = False
+    debug: bool = False
+    head_rows: int | None = None
+    policies: Policy | tuple[Policy, ...] = Policy()
+
+
+@dataclass(frozen=True, slots=True)
+class PartReport:
+    """What became of one part.
+
+    Args:
+        layer: Number of the layer, or None for parts that are there once.
+        part: attention, mlp, norm, head or unpadding.
+        fused: Whether the engine computes it.
+        reason: Why not.
+    """
+
+    layer: int | None
+    part: str
+    fused: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SwapReport:
+    """What the engine took over in one model."""
+
+    parts: list[PartReport] = field(default_factory=list)
+
+    @property
+    def layers_total(self) -> int:
+        """Decoder layers."""
+        return len({part.layer for part in self.parts if part.layer is not None})
+
+    @property
+    def layers_fused(self) -> int:
+        """Decoder layers of which both halves are fused."""
+        kept = {part.layer for part in self.parts if not part.fused}
+        return len({p.layer for p in self.parts if p.layer is not None and p.layer not in kept})
+
+    @property
+    def kept(self) -> dict[str, list[int]]:
+        """Reasons for which parts keep their own code, with the layers (none for single parts)."""
+        reasons: dict[str, list[int]] = {}
+        for part in self.parts:
+            if not part.fused:
+                where = reasons.setdefault(f"{part.part}: {part.reason}", [])
+                if part.layer is not None:
+                    where.append(part.layer)
+        return reasons
+
+    def lines(self) -> list[str]:
+        """Say it in words: one line for what is fused, and one for each reason."""
+        single = [p.part for p in self.parts if p.layer is None and p.fused]
+        also = f", and {', '.join(single)}" if single else ""
+        lines = [f"engine: {self.layers_fused} of {self.layers_total} layers fused{also}"]
+        for reason, where in self.kept.items():
+            lines.append(f"not fused, {reason}" + (f" ({_ranges(where)})" if where else ""))
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what report.json holds."""
+        return {
+            "layers_total": self.layers_total,
+            "layers_fused": self.layers_fused,
+            "kept": self.kept,
+            "parts": [asdict(part) for part in self.parts],
+        }
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write [0, 1, 2, 5] as 'layers 0-2, 5'."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    words = [f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs]
+    return ("layers " if len(numbers) > 1 else "layer ") + ", ".join(words)
+
+
+def attach(model: Any, settings: EngineSettings | None = None) -> SwapReport:
+    """Put the engine into a model.
+
+    Args:
+        model: A causal language model of transformers, or a peft model around one.
+        settings: How; None takes the defaults.
+
+    Returns:
+        The report, which `report_of` gives again later.
+
+    Raises:
+        WhetError: Something keeps its own code and `strict` is set.
+    """
+    from whet.engine import parity
+
+    settings = settings or EngineSettings()
+    base = base_of(model)
+    detach(base)
+    keep_4bit_weights(base)
+    _register_attention()
+    decoder = models.decoder_of(base)
+    blocks = decoder_layers(decoder)
+    seen = parity.observe(base, blocks) if blocks else None
+    layers: dict[int, LayerSpec | str] = {}
+    for number, block in enumerate(blocks):
+        layers[number] = _read(block) if seen else "the model does not run on plain token ids"
+    head = _read_head(base, seen, settings)
+    state = EngineState(head, debug=settings.debug)
+    with contextlib.ExitStack() as undo:
+        undo.callback(detach, base)
+        for number, block in enumerate(blocks):
+            spec = layers[number]
+            if not isinstance(spec, str):
+                _put_layer(block, spec, number, settings, seen)
+        if seen and settings.check != "off":
+            layers.update(parity.check_layers(blocks, layers, seen, settings.check == "full"))
+            for number, block in enumerate(blocks):
+                _update_layer(block, layers[number])
+        norm = _attach_norm(decoder)
+        state.owns_attention = all(
+            not isinstance(spec, str) and not isinstance(spec.attention, str)
+            for spec in layers.values()
+        )
+        _put(decoder, models.decoder_forward, state)
+        _put(base, models.causal_forward, state)
+        packing = _packing_reason(base, blocks, state)
+        if not packing and seen and settings.check != "off":
+            packing = parity.check_whole(base, seen)
+        if packing:
+            state.packs = False
+            for block in blocks:
+                _take(block)
+        report = _report(layers, norm, head, packing)
+        if settings.strict and report.kept:
+            raise WhetError(
+                "engine.strict is set, and not everything is fused: "
+                + "; ".join(report.lines()[1:])
+            )
+        undo.pop_all()
+    vars(base)["_whet_report"] = report
+    return report
+
+
+def detach(model: Any) -> None:
+    """Take the engine out: every forward is the original again.
+
+    Args:
+        model: A model that `attach` was given; one without the engine is left as it is.
+    """
+    for module in base_of(model).modules():
+        _take(module)
+    vars(base_of(model)).pop("_whet_report", None)
+
+
+def is_attached(model: Any) -> bool:
+    """Tell whether the engine is in a model."""
+    return "_whet_report" in vars(base_of(model))
+
+
+def report_of(model: Any) -> SwapReport | None:
+    """Return the report of the engine in a model, None when it is not in."""
+    return vars(base_of(model)).get("_whet_report")
+
+
+@contextlib.contextmanager
+def paused(model: Any) -> Iterator[None]:
+    """Let the original forwards run inside the body."""
+    state = vars(base_of(model)).get("_whet")
+    before = getattr(state, "paused", False)
+    if state is not None:
+        state.paused = True
+    try:
+        yield
+    finally:
+        if state is not None:
+            state.paused = before
+
+
+def stay_on_top(model: Any) -> None:
+    """Go above a forward that somebody has put on the model since, such as trl's fused head.
+
+    Args:
+        model: A model with the engine in it.
+    """
+    base = base_of(model)
+    state = vars(base).get("_whet")
+    current = vars(base).get("forward")
+    if state is None or getattr(current, "__func__", None) is models.causal_forward:
+        return
+    vars(base)["_whet_original"] = current
+    vars(base)["forward"] = types.MethodType(models.causal_forward, base)
+
+
+def base_of(model: Any) -> Any:
+    """Return the transformers model inside a peft or parallel wrapper."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
+    """Return the decoder's layers: its largest list of modules; none when it has no list."""
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        return []
+    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+
+
+def _put(module: nn.Module, forward: Callable[..., Any], record: Any) -> None:
+    """Set a module's forward, remembering what was there.
+
+    Bound methods, so that a deep copy of the module gets forwards bound to the copy.
+    """
+    own = vars(module)
+    own["_whet_original"] = own.get("forward") or types.MethodType(type(module).forward, module)
+    own["_whet_had_own"] = "forward" in own
+    own["_whet"] = record
+    own["forward"] = types.MethodType(forward, module)
+
+
+def _take(module: nn.Module) -> None:
+    own = vars(module)
+    if "_whet" not in own:
+        return
+    original, had_own = own.pop("_whet_original"), own.pop("_whet_had_own")
+    del own["_whet"], own["forward"]
+    if had_own or getattr(original, "__func__", None) is not type(module).forward:
+        own["forward"] = original
+
+
+def _read(block: nn.Module) -> LayerSpec | str:
+    try:
+        return read_layer(block)
+    except Unsupported as reason:
+        return str(reason)
+
+
+def _put_layer(
+    block: nn.Module, spec: LayerSpec, number: int, settings: EngineSettings, seen: Any
+) -> None:
+    policy = settings.policies
+    record = LayerRecord(
+        spec,
+        policy if isinstance(policy, Policy) else policy[number],
+        f"layer {number}",
+        settings.strict,
+        settings.debug,
+        seen.layers[number].returns_tuple,
+    )
+    _put(block, models.layer_forward, record)
+
+
+def _update_layer(block: nn.Module, spec: LayerSpec | str) -> None:
+    if isinstance(spec, str):
+        _take(block)
+    elif "_whet" in vars(block):
+        vars(block)["_whet"].spec = spec
+
+
+def _attach_norm(decoder: nn.Module) -> PartReport:
+    name = next((n for n in LAST_NORMS if isinstance(getattr(decoder, n, None), nn.Module)), None)
+    if name is None:
+        return PartReport(None, "norm", False, "the decoder has no last norm the engine knows")
+    module = getattr(decoder, name)
+    try:
+        spec = read_norm(module, name)
+    except Unsupported as reason:
+        return PartReport(None, "norm", False, str(reason))
+    _put(module, models.norm_forward, spec)
+    return PartReport(None, "norm", True)
+
+
+def _read_head(base: Any, seen: Any, settings: EngineSettings) -> Head | str:
+    """Read how logits and loss are made; what the model answered to known tokens must fit."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    if seen is None:
+        return "the model does not run on plain token ids"
+    if getattr(base, "loss_function", None) is not ForCausalLMLoss:
+        return "a loss of the model's own"
+    softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+    head = Head(softcap=float(softcap) if softcap else None, chunk_rows=settings.head_rows)
+    try:
+        read_head(base.get_output_embeddings())
+    except (Unsupported, AttributeError) as reason:
+        return str(reason)
+    with torch.no_grad():
+        ours = models.shaped_logits(base, head, seen.hidden).float()
+    theirs = seen.logits.float()
+    if head.softcap is None:
+        place = theirs.abs().argmax()
+        scale = float(theirs.flatten()[place] / ours.flatten()[place])
+        if abs(scale - 1) > 0.02:
+            head = replace(head, logit_scale=float(f"{scale:.3g}"))
+            ours = ours * head.logit_scale
+    if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max())):
+        return "its logits are not the last hidden state times the output embeddings"
+    return head
+
+
+def _packing_reason(base: Any, blocks: list[nn.Module], state: EngineState) -> str:
+    """Say why batches cannot be unpadded, or nothing."""
+    if state.owns_attention:
+        return ""
+    if not getattr(base, "_supports_attention_backend", False):
+        return "an attention that is not fused and takes no other backend"
+    return ""
+
+
+def _report(
+    layers: dict[int, LayerSpec | str], norm: PartReport, head: Head | str, packing: str
+) -> SwapReport:
+    parts = []
+    for number, spec in layers.items():
+        for part in ("attention", "mlp"):
+            inside = spec if isinstance(spec, str) else getattr(spec, part)
+            reason = inside if isinstance(inside, str) else packing
+            parts.append(PartReport(number, part, not reason, reason))
+    reason = head if isinstance(head, str) else ""
+    single = [norm, PartReport(None, "head", not reason, reason)]
+    return SwapReport([*parts, *single, PartReport(None, "unpadding", not packing, packing)])
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("whet", attention_interface)
