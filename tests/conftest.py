@@ -144,7 +144,7 @@ def config(tiny_model, rows_file, tmp_path):
     return load_config(
         {
             "run": {"name": "tiny", "dir": str(tmp_path / "runs")},
-            "model": {"name": str(tiny_model)},
+            "model": {"name": str(tiny_model), "dtype": "float32"},  # as on every machine
             "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
             "data": {"train": str(rows_file), "heldout_fraction": 0.2},
             "train": {

@@ -13,7 +13,7 @@ PROMPTS = ["turn red into a colour", "the", "four into a number and a user of it
 
 @pytest.fixture(scope="module")
 def loaded(tiny_model):
-    return load_trained(str(tiny_model))
+    return load_trained(str(tiny_model), ["model.dtype=float32"])
 
 
 def one_by_one(loaded, prompt, num):

@@ -7,7 +7,6 @@ inside the functions, so that `--help` answers at once.
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -239,6 +238,33 @@ def evaluate(
     show_evaluation(terminal.out, {k: v for k, v in found.items() if v}, loaded.config.eval.samples)
 
 
+@app.command(epilog=_keys("engine"))
+def verify(
+    name: RunOrModel,
+    data: Annotated[
+        str | None, typer.Option(help="Rows to compare on; default: a few sentences.")
+    ] = None,
+    set_: Assignments = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the engine with the model's original code, part by part; exit 1 when any part fails."""
+    _quiet_libraries()
+    from whet.terminal import Terminal, console, show_verification
+    from whet.verification import verify_loaded
+
+    terminal = Terminal(console(stderr=as_json))
+    terminal.stage(f"loading {name}")
+    loaded = _load(name, set_)
+    terminal.stage("comparing")
+    verification = verify_loaded(loaded, data)
+    if as_json:
+        typer.echo(json.dumps(verification.to_dict(), indent=2))
+    else:
+        show_verification(terminal.out, verification)
+    if not verification.passed:
+        raise typer.Exit(1)
+
+
 @app.command()
 def generate(
     name: RunOrModel,
@@ -361,27 +387,15 @@ def export(
 
 def _load(name: str, assignments: list[str] | None = None) -> Loaded:
     """Load a run or a model; assignments change its config, for this command only."""
-    from dataclasses import replace
-
     from whet.trained import load_trained
 
-    loaded = load_trained(name)
-    return (
-        replace(loaded, config=load_config(loaded.config, assignments)) if assignments else loaded
-    )
+    return load_trained(name, assignments)
 
 
 def _quiet_libraries() -> None:
-    """Keep other libraries' bars and advice off the terminal; their errors still come through."""
-    import warnings
+    from whet.terminal import quiet_libraries
 
-    warnings.simplefilter("ignore")
-    logging.basicConfig(level=logging.ERROR, format="  - %(message)s")
-    logging.getLogger("whet").setLevel(logging.INFO)
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
 
 
 def main() -> None:

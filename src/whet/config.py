@@ -141,6 +141,23 @@ class TrainSection(Section):
     """How many checkpoints are kept, the newest first."""
 
 
+class EngineSection(Section):
+    """How layers and loss are computed."""
+
+    enabled: bool = True
+    """Compute decoder layers and the loss with whet's engine; false leaves transformers' own code."""
+    check: Literal["quick", "full", "off"] = "quick"
+    """Compare the engine with the original before training: one layer of each structure, the whole
+    model and one real pass (quick), every layer (full), or nothing (off). What differs is not used."""
+    strict: bool = False
+    """Make it an error when any part keeps its original code, instead of a line in the report."""
+    debug: bool = False
+    """Look at every layer's output and gradient, and name the first that is not finite; slower."""
+    head_rows: int | None = Field(default=None, ge=1)
+    """Labelled tokens whose logits exist at once; null takes 256 on the CPU and 1024 on a GPU. It
+    changes memory and speed, never the loss."""
+
+
 class EvalSection(Section):
     """What is measured on the held-out rows, for the base and for the tuned model."""
 
@@ -173,6 +190,8 @@ class Config(Section):
     """What is learned."""
     train: TrainSection = TrainSection()
     """How it is learned."""
+    engine: EngineSection = EngineSection()
+    """How layers and loss are computed."""
     eval: EvalSection = EvalSection()
     """What is measured."""
 

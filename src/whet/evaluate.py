@@ -20,7 +20,7 @@ from whet.data.tokenize import Tokens, collate
 from whet.errors import InputError
 from whet.generate import Sampling, generate
 from whet.model import CausalLM, Tokenizer
-from whet.model.load import max_length
+from whet.model.load import attach_engine, max_length
 from whet.model.loss import summed_loss
 from whet.trained import Loaded
 
@@ -173,8 +173,10 @@ def compare(loaded: Loaded, file: str | None = None) -> Comparison:
         raise InputError("there are no held-out rows", fix="name a file with --data")
     data = prepare(section, loaded.tokenizer, max_length(config.model), "as trained")
     with loaded.base() as model:
+        attach_engine(model, config)
         base, base_samples = evaluate(model, loaded.tokenizer, data, config.eval)
     if loaded.run is None:
         return Comparison(base, None, base_samples, [])
+    attach_engine(loaded.model, config)
     tuned, tuned_samples = evaluate(loaded.model, loaded.tokenizer, data, config.eval)
     return Comparison(base, tuned, base_samples, tuned_samples)

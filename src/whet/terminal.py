@@ -5,7 +5,9 @@ On a terminal there is one live line; in a pipe or a file, one plain line a log 
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from whet.data.report import DataReport, SplitReport
     from whet.doctor import Finding
+    from whet.engine.verify import Verification
     from whet.evaluate import Sample
     from whet.generate import Sampling
     from whet.train.callbacks import Progress
@@ -41,6 +44,19 @@ def console(stderr: bool = False) -> Console:
     if not made.is_terminal:
         made = Console(stderr=stderr, highlight=False, soft_wrap=True, width=100, no_color=True)
     return made
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' bars and advice off the terminal; their errors still come through."""
+    warnings.simplefilter("ignore")
+    logging.basicConfig(level=logging.ERROR, format="  - %(message)s")
+    logging.getLogger("whet").setLevel(logging.INFO)
+    # bitsandbytes says at its import that an optional kernel package is not there.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 @dataclass
@@ -156,6 +172,40 @@ def show_evaluation(out: Console, evaluation: dict[str, Any], num_samples: int) 
     base = [Sample(**sample) for sample in evaluation["base_samples"]]
     tuned = [Sample(**sample) for sample in evaluation.get("tuned_samples", [])]
     show_samples(out, base, tuned, num_samples)
+
+
+def show_verification(out: Console, verification: Verification) -> None:
+    """Show a parity report as a table, and what it comes to in one line.
+
+    Args:
+        out: Where to.
+        verification: The report.
+    """
+    table = Table(
+        title="Largest error against the truth",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE,
+    )
+    table.add_column("part")
+    for title in ("original", "engine", "allowed"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    for part in verification.parts:
+        errors = (part.original_error, part.error, part.bound)
+        numbers = ["" if n is None else f"{n:.2e}" for n in errors]
+        colour = {"pass": "green", "fail": "red", "kept": "yellow"}[part.verdict]
+        table.add_row(part.name, *numbers, f"[{colour}]{part.verdict}[/{colour}]")
+    out.print(table)
+    for part in verification.parts:
+        if part.verdict != "pass":
+            out.print(f"  {part.verdict}: {part.name}: {part.reason}", markup=False)
+    fused = f"{verification.layers_fused} of {verification.layers_total} layers fused"
+    failed = sum(part.verdict == "fail" for part in verification.parts)
+    verdict = (
+        "all parts pass" if not failed else f"{failed} of {len(verification.parts)} parts fail"
+    )
+    out.print(f"{fused}, {verdict}")
 
 
 def data_table(report: DataReport) -> Table:

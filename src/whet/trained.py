@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from whet.config import Config, ModelSection
+from whet.config_file import load_config
 from whet.data.template import set_chat_template
 from whet.model import CausalLM, Tokenizer
 from whet.model.load import choose_dtype, load_model, load_tokenizer
@@ -47,23 +48,24 @@ class Loaded:
             yield load_model(self.config.model, dtype).eval()
 
 
-def load_trained(name: str) -> Loaded:
+def load_trained(name: str, assignments: list[str] | None = None) -> Loaded:
     """Load a run's tuned model, or a model by name.
 
     Args:
         name: A run's folder, or anything `model.name` takes.
+        assignments: Changes of the config, such as `eval.max_rows=10`.
 
     Raises:
         InputError: There is neither.
     """
     if not RunFolder.is_run(name):
-        config = Config(model=ModelSection(name=name))
+        config = load_config(Config(model=ModelSection(name=name)), assignments or [])
         tokenizer = load_tokenizer(config.model)
         set_chat_template(tokenizer, None)
-        dtype, _ = choose_dtype(None, full=False)
+        dtype, _ = choose_dtype(config.model.dtype, full=False)
         return Loaded(load_model(config.model, dtype).eval(), tokenizer, config, None)
     run = RunFolder.open(name)
-    config = run.config
+    config = load_config(run.config, assignments) if assignments else run.config
     tokenizer = load_tokenizer(config.model, run.weights_dir)
     dtype, _ = choose_dtype(config.model.dtype, config.train.parameters != "lora")
     if run.weights_dir == run.model_dir:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from whet.engine.parity import Comparison, judge
+
 SMALL = {
     "vocab_size": 301,
     "hidden_size": 64,
@@ -171,10 +173,19 @@ def gradients(
     }
 
 
+def judge_norm(
+    name: str, ours: torch.Tensor, original: torch.Tensor, truth: torch.Tensor
+) -> Comparison:
+    """Judge all entries of a tensor together, as sixteen bits need: single ones scatter."""
+    truth = truth.double()
+    size = truth.norm()
+    return judge(name, *(size + (x.double() - truth).norm() for x in (ours, original)), size)
+
+
 def in_float64(model: nn.Module) -> nn.Module:
     """Return a copy in float64, 4-bit weights dequantised, without the engine."""
     from whet.engine import swap
-    from whet.engine.parity import in_high_precision
+    from whet.engine.original import in_high_precision
 
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     made = in_high_precision(copy.deepcopy(model), dtype)

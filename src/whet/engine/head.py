@@ -186,6 +186,9 @@ class HeadLoss(torch.autograd.Function):
                     bias_V if needs[1] else None, head,
                     None if dhidden_ND is None else dhidden_ND[part], gradients,
                 )  # fmt: skip
+            if not len(hidden_ND):  # no rows, no gradients but zeros
+                for parameter in ctx.parameters:
+                    gradients.sum_of(parameter)
         taken = dict(zip(map(id, ctx.parameters), gradients.take(), strict=True))
         ctx.save_for_backward(dhidden_ND, taken.get(id(weight_VD)), taken.get(id(bias_V)))
         return total

@@ -17,17 +17,23 @@ from torch.autograd.function import once_differentiable
 from whet.engine.attention_half import AttentionCall, HalfCall, Norm, attention_half
 from whet.engine.memory import Policy
 from whet.engine.mlp_half import MlpCall, mlp_half
-from whet.engine.projection import Projection, Unsupported, read_projection
+from whet.engine.projection import (
+    Projection,
+    Unsupported,
+    check_own_forward,
+    has_hooks,
+    read_projection,
+)
 from whet.engine.spec import AttentionSpec, HalfSpec, LayerSpec, MlpSpec, NormSpec
 from whet.engine.unpad import Packed
-from whet.engine.varlen import Mask, varlen_backward, varlen_forward
+from whet.engine.varlen import Mask, attend_plainly, varlen_backward, varlen_forward
 from whet.kernels.nf4 import NF4Weight
 from whet.kernels.norm import norm_backward, norm_forward
 from whet.kernels.rope import HeadNorm
 
-# Tokens worked on at a time on the CPU, where a block's gate and up should stay in the second cache
-# level: 256 x 2 x 1536 bfloat16 are 1.5 MB (SmolLM2-135M). On CUDA a pass is one block.
-CPU_BLOCK = 256
+# Tokens worked on at a time on the CPU, where a block's gate and up should stay in the last cache
+# level: 512 x 2 x 1536 bfloat16 are 3 MB (SmolLM2-135M). On CUDA a pass is one block.
+CPU_BLOCK = 512
 
 
 @dataclass
@@ -82,7 +88,7 @@ def packed_attention(
     """Compute the attention half of a layer, fused where possible."""
     half, spec = record.spec.attention_half, record.spec.attention
     try:
-        _check_dropout(layer, half)
+        _check_state(layer, half)
         if isinstance(spec, str):
             raise Unsupported(spec)
         call = attention_call(layer, half, spec, record.policy, x_TD, packed, kwargs)
@@ -100,7 +106,7 @@ def packed_mlp(layer: nn.Module, record: LayerRecord, h_TD: torch.Tensor) -> tor
     """Compute the MLP half of a layer, fused where possible."""
     half, spec = record.spec.mlp_half, record.spec.mlp
     try:
-        _check_dropout(layer, half)
+        _check_state(layer, half)
         if isinstance(spec, str):
             raise Unsupported(spec)
         call = mlp_call(layer, half, spec, record.policy, h_TD)
@@ -121,21 +127,28 @@ def _count(record: LayerRecord, part: str, reason: Unsupported) -> None:
     record.fallbacks[f"{part}: {reason}"] += 1
 
 
-def _check_dropout(layer: nn.Module, half: HalfSpec) -> None:
+def _check_state(layer: nn.Module, half: HalfSpec) -> None:
+    for path in (half.norm.path, half.body, *([half.post_norm.path] if half.post_norm else [])):
+        check_own_forward(layer.get_submodule(path))
     if layer.training and half.dropout:
         raise Unsupported(f"dropout {half.dropout} while training")
 
 
 def _own_half(layer: nn.Module, half: HalfSpec, x_TD: torch.Tensor, body: Any) -> torch.Tensor:
     """Compute a half with the module's own body; norms are the engine's all the same."""
-    z = body(norm(layer.get_submodule(half.norm.path), half.norm, x_TD))
+    z = body(_own_norm(layer, half.norm, x_TD))
     if half.post_norm is not None:
-        z = norm(layer.get_submodule(half.post_norm.path), half.post_norm, z)
+        z = _own_norm(layer, half.post_norm, z)
     # A dropout that stands in the layer itself, behind the body, must act as it does there.
     dropouts = [m for m in layer.children() if isinstance(m, nn.Dropout) and m.p]
     for dropout in dropouts[:1]:
         z = dropout(z)
     return torch.add(x_TD, z, alpha=half.multiplier)
+
+
+def _own_norm(layer: nn.Module, spec: NormSpec, x_TD: torch.Tensor) -> torch.Tensor:
+    module = layer.get_submodule(spec.path)
+    return module(x_TD) if has_hooks(module) else norm(module, spec, x_TD)
 
 
 def attention_call(
@@ -325,7 +338,7 @@ class VarlenFunction(torch.autograd.Function):
         """Return the gradients of q, k and v."""
         q, k, v, out, lse = ctx.saved_tensors
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-        varlen_backward(do_THK.contiguous(), q, k, v, out, lse, ctx.packed, ctx.mask, *grads)
+        varlen_backward(do_THK.contiguous(), q, k, v, out, lse, ctx.packed, ctx.mask, *grads)  # type: ignore[call-arg]
         return (*grads, None, None)
 
 
@@ -364,16 +377,17 @@ def attention_interface(
     assert whet_packed is not None and attention_mask is None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    mask = Mask(scale, sliding_window, softcap)
     if key.shape[-1] == value.shape[-1] and not dropout:
-        mask = Mask(scale, sliding_window, softcap)
         return VarlenFunction.apply(q, k, v, whet_packed, mask)[None], None  # type: ignore[index]
-    if sliding_window is not None or softcap is not None:
-        raise Unsupported("a window or soft cap together with dropout")
     outputs = []
     for part in zip(*(x.split(whet_packed.lengths) for x in (q, k, v)), strict=True):
-        heads_first = (x.transpose(0, 1)[None] for x in part)
-        out = nn.functional.scaled_dot_product_attention(
-            *heads_first, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True
-        )
+        heads_first = [x.transpose(0, 1)[None] for x in part]
+        if sliding_window is None and softcap is None:
+            out = nn.functional.scaled_dot_product_attention(
+                *heads_first, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True
+            )
+        else:
+            out = attend_plainly(heads_first, mask, dropout)
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)[None], None

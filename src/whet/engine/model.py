@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from whet.engine import trl
 from whet.engine.head import Head, head_loss, read_head
 from whet.engine.layer import LayerRecord, norm, packed_layer
 from whet.engine.projection import Unsupported
@@ -62,6 +63,14 @@ class EngineState:
     notes: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class NormRecord:
+    """What the engine knows of the decoder's last norm; kept on the norm itself."""
+
+    spec: NormSpec
+    state: EngineState
+
+
 def call_original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call the forward that was there before the engine."""
     return module._whet_original(*args, **kwargs)  # type: ignore[operator]
@@ -73,7 +82,11 @@ def layer_forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kw
     record: LayerRecord = self._whet  # type: ignore[assignment]
     if packed is None:
         return call_original(self, hidden_states, *args, **kwargs)
-    y_TD = packed_layer(self, record, hidden_states[0], packed, kwargs)
+    try:
+        y_TD = packed_layer(self, record, hidden_states[0], packed, kwargs)
+    except Unsupported as reason:  # nothing falls back under `strict`
+        what = f"engine.strict is set, and {record.name} would run its own code: {reason}"
+        raise WhetError(what) from reason
     if record.debug:
         check_finite(record.name, y_TD)
     return (y_TD[None],) if record.returns_tuple else y_TD[None]
@@ -81,8 +94,10 @@ def layer_forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kw
 
 def norm_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """Forward of the decoder's last norm."""
-    spec: NormSpec = self._whet  # type: ignore[assignment]
-    return norm(self, spec, hidden_states)
+    record: NormRecord = self._whet  # type: ignore[assignment]
+    if record.state.paused:
+        return call_original(self, hidden_states)
+    return norm(self, record.spec, hidden_states)
 
 
 def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -118,19 +133,21 @@ def causal_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     state: EngineState = self._whet  # type: ignore[assignment]
     kwargs = named(self, args, kwargs)
     fused_lm_head = kwargs.pop("fused_lm_head", False)
+    loss_only = kwargs.pop("whet_loss_only", False)
     labels, shift_labels = kwargs.get("labels"), kwargs.get("shift_labels")
     if labels is None and shift_labels is None:
         return call_original(self, **kwargs)
-    batch = None if isinstance(state.head, str) else _labelled_batch(self, state, kwargs)
+    batch = None
+    if isinstance(state.head, Head) and (not fused_lm_head or trl.can_answer(self, state.head)):
+        batch = _labelled_batch(self, state, kwargs)
+    if batch is None and fused_lm_head:  # to the head that trl has put on, see `swap.stay_on_top`
+        below: Any = vars(self).get("_whet_below", self._whet_original)
+        return below(fused_lm_head=True, **kwargs)
     if batch is None:
-        if fused_lm_head:
-            kwargs["fused_lm_head"] = True
         return call_original(self, **kwargs)
     if fused_lm_head:
-        from whet.engine.trl import answer
-
-        return answer(self, state.head, batch, kwargs)  # type: ignore[arg-type]
-    return _answer(self, state, batch, kwargs)
+        return trl.answer(self, state.head, batch, kwargs)  # type: ignore[arg-type]
+    return _answer(self, state, batch, kwargs, loss_only)
 
 
 def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +184,11 @@ def pack(decoder: nn.Module, state: EngineState, kwargs: dict[str, Any]) -> Pack
         return None
     if getattr(positions, "ndim", 2) != 2:
         return None
-    if not state.owns_attention and decoder.training and decoder.gradient_checkpointing:
+    if (
+        not state.owns_attention
+        and decoder.training
+        and getattr(decoder, "gradient_checkpointing", False)
+    ):
         # Recomputed outside of this call, an attention of its own would not find the interface.
         return None
     shape = (int(tokens.shape[0]), int(tokens.shape[1]))
@@ -253,7 +274,11 @@ def _labelled_batch(
 
 
 def _answer(
-    model: nn.Module, state: EngineState, batch: LabelledBatch, kwargs: dict[str, Any]
+    model: nn.Module,
+    state: EngineState,
+    batch: LabelledBatch,
+    kwargs: dict[str, Any],
+    loss_only: bool,
 ) -> Any:
     """Return the loss as transformers' ForCausalLMLoss gives it; logits are made when asked for."""
     from whet.engine.output import LossOutput
@@ -266,21 +291,26 @@ def _answer(
         count = max(1, len(batch.target_N))
     loss = total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
     if not len(batch.target_N):
-        loss = (
-            batch.hidden_TD.sum().float() * 0.0
-        )  # still tied to every parameter, with zero gradients
+        loss = loss + batch.hidden_TD[:0].sum()  # tied to every parameter, with zero gradients
     if state.debug:
         check_finite("the loss", loss)
     output = LossOutput(loss=loss)  # type: ignore[call-arg]
     output.set_maker(lambda: shaped_logits(model, head, batch.packed.pad(batch.hidden_TD)))
-    if not model.training:  # an evaluation loop takes every field there is
+    if not model.training and not loss_only:  # an evaluation loop takes every field there is
         output["logits"] = output.logits
     return output
 
 
 def shaped_logits(model: nn.Module, head: Head, hidden: torch.Tensor) -> torch.Tensor:
-    """Return logits as the original forward would, from hidden states of any leading shape."""
-    logits = model.get_output_embeddings()(hidden)  # type: ignore[operator]
+    """Return logits as the original forward would.
+
+    Args:
+        model: The causal language model, or its output embeddings alone.
+        head: What follows the output embeddings.
+        hidden: Hidden states after the last norm, of any leading shape.
+    """
+    embeddings = getattr(model, "get_output_embeddings", lambda: model)()
+    logits = embeddings(hidden)
     if head.logit_scale != 1.0:
         logits = logits * head.logit_scale
     if head.softcap is not None:

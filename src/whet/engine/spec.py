@@ -193,8 +193,12 @@ def _read_half(
     body: str,
     post: str | None,
 ) -> HalfSpec:
-    inside = [m.p for m in children[body].modules() if isinstance(m, nn.Dropout)]
-    inside = [p for p in inside if "lora" not in body]
+    # An adapter's own dropout is read with its projection, call by call.
+    inside = [
+        m.p
+        for name, m in children[body].named_modules()
+        if isinstance(m, nn.Dropout) and "lora_dropout" not in name
+    ]
     for name in ("attention_dropout", "attn_dropout", "dropout"):
         value = getattr(children[body], name, 0.0)
         inside.append(value if isinstance(value, float) else 0.0)

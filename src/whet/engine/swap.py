@@ -8,7 +8,9 @@ layer and part whether it is fused, or keeps its own code and why.
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -20,7 +22,7 @@ from whet.engine import model as models
 from whet.engine.head import Head, read_head
 from whet.engine.layer import LayerRecord, attention_interface
 from whet.engine.memory import Policy
-from whet.engine.model import EngineState
+from whet.engine.model import EngineState, NormRecord
 from whet.engine.projection import Unsupported, keep_4bit_weights
 from whet.engine.spec import LayerSpec, read_layer, read_norm
 from whet.errors import WhetError
@@ -65,6 +67,11 @@ class PartReport:
     fused: bool
     reason: str = ""
 
+    @property
+    def failed(self) -> bool:
+        """Whether the engine could compute the part, but with other numbers than the original."""
+        return not self.fused and "differs from" in self.reason
+
 
 @dataclass(frozen=True, slots=True)
 class SwapReport:
@@ -100,7 +107,7 @@ class SwapReport:
         also = f", and {', '.join(single)}" if single else ""
         lines = [f"engine: {self.layers_fused} of {self.layers_total} layers fused{also}"]
         for reason, where in self.kept.items():
-            lines.append(f"not fused, {reason}" + (f" ({_ranges(where)})" if where else ""))
+            lines.append(f"not fused, {reason}" + (f" ({ranges(where)})" if where else ""))
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,8 +120,12 @@ class SwapReport:
         }
 
 
-def _ranges(numbers: list[int]) -> str:
-    """Write [0, 1, 2, 5] as 'layers 0-2, 5'."""
+def ranges(numbers: list[int]) -> str:
+    """Write [0, 1, 2, 5] as 'layers 0-2, 5'.
+
+    Args:
+        numbers: Numbers of layers, in any order.
+    """
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:
@@ -163,7 +174,7 @@ def attach(model: Any, settings: EngineSettings | None = None) -> SwapReport:
             layers.update(parity.check_layers(blocks, layers, seen, settings.check == "full"))
             for number, block in enumerate(blocks):
                 _update_layer(block, layers[number])
-        norm = _attach_norm(decoder)
+        norm = _attach_norm(decoder, state)
         state.owns_attention = all(
             not isinstance(spec, str) and not isinstance(spec.attention, str)
             for spec in layers.values()
@@ -183,6 +194,9 @@ def attach(model: Any, settings: EngineSettings | None = None) -> SwapReport:
                 "engine.strict is set, and not everything is fused: "
                 + "; ".join(report.lines()[1:])
             )
+        for block in blocks:
+            if "_whet" in vars(block):
+                vars(block)["_whet"].strict = settings.strict
         undo.pop_all()
     vars(base)["_whet_report"] = report
     return report
@@ -204,6 +218,12 @@ def is_attached(model: Any) -> bool:
     return "_whet_report" in vars(base_of(model))
 
 
+def fuses_head(model: Any) -> bool:
+    """Tell whether the engine answers a call with labels."""
+    state = vars(base_of(model)).get("_whet")
+    return state is not None and not state.paused and isinstance(state.head, Head)
+
+
 def report_of(model: Any) -> SwapReport | None:
     """Return the report of the engine in a model, None when it is not in."""
     return vars(base_of(model)).get("_whet_report")
@@ -223,6 +243,24 @@ def paused(model: Any) -> Iterator[None]:
             state.paused = before
 
 
+def met(model: Any) -> dict[str, Any]:
+    """Return what the engine met since it was put in: batches without labels, halves that fell back."""
+    base = base_of(model)
+    if not is_attached(base):
+        return {}
+    records = [vars(m).get("_whet") for m in base.modules()]
+    fallbacks: Counter[str] = Counter()
+    for record in records:
+        if isinstance(record, LayerRecord):
+            fallbacks.update(record.fallbacks)
+    state: EngineState = vars(base)["_whet"]
+    return {
+        "unlabelled_batches": state.unlabelled_batches,
+        "fallbacks": sorted(fallbacks),
+        "notes": state.notes,
+    }
+
+
 def stay_on_top(model: Any) -> None:
     """Go above a forward that somebody has put on the model since, such as trl's fused head.
 
@@ -230,12 +268,12 @@ def stay_on_top(model: Any) -> None:
         model: A model with the engine in it.
     """
     base = base_of(model)
-    state = vars(base).get("_whet")
-    current = vars(base).get("forward")
-    if state is None or getattr(current, "__func__", None) is models.causal_forward:
+    own = vars(base)
+    if "_whet" not in own or hasattr(own["forward"].__func__, "stands_in"):
         return
-    vars(base)["_whet_original"] = current
-    vars(base)["forward"] = types.MethodType(models.causal_forward, base)
+    own["_whet_below"] = own["forward"]
+    stand_in = _stand_in(models.causal_forward, type(base).forward)
+    own["forward"] = types.MethodType(stand_in, base)
 
 
 def base_of(model: Any) -> Any:
@@ -261,7 +299,24 @@ def _put(module: nn.Module, forward: Callable[..., Any], record: Any) -> None:
     own["_whet_original"] = own.get("forward") or types.MethodType(type(module).forward, module)
     own["_whet_had_own"] = "forward" in own
     own["_whet"] = record
-    own["forward"] = types.MethodType(forward, module)
+    original = getattr(own["_whet_original"], "__func__", type(module).forward)
+    own["forward"] = types.MethodType(_stand_in(forward, original), module)
+
+
+def _stand_in(forward: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """Give the engine's forward the name and signature of the original.
+
+    Trainer chooses a dataset's columns by it, and `generate` the inputs it makes. Somebody may hold on
+    to it (trl's head does), so that after `detach` it must be the original.
+    """
+
+    @functools.wraps(original)
+    def stands_in(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        chosen = forward if "_whet" in vars(self) else original
+        return chosen(self, *args, **kwargs)
+
+    stands_in.stands_in = True  # type: ignore[attr-defined]
+    return stands_in
 
 
 def _take(module: nn.Module) -> None:
@@ -269,8 +324,14 @@ def _take(module: nn.Module) -> None:
     if "_whet" not in own:
         return
     original, had_own = own.pop("_whet_original"), own.pop("_whet_had_own")
-    del own["_whet"], own["forward"]
-    if had_own or getattr(original, "__func__", None) is not type(module).forward:
+    below = own.pop("_whet_below", None)
+    left = own.pop("forward")
+    del own["_whet"]
+    if below is None and not hasattr(left.__func__, "stands_in"):
+        below = left  # somebody's forward went on top of the engine's and stays
+    if below is not None:
+        own["forward"] = below
+    elif had_own or getattr(original, "__func__", None) is not type(module).forward:
         own["forward"] = original
 
 
@@ -289,9 +350,8 @@ def _put_layer(
         spec,
         policy if isinstance(policy, Policy) else policy[number],
         f"layer {number}",
-        settings.strict,
-        settings.debug,
-        seen.layers[number].returns_tuple,
+        debug=settings.debug,
+        returns_tuple=seen.layers[number].returns_tuple,
     )
     _put(block, models.layer_forward, record)
 
@@ -303,7 +363,7 @@ def _update_layer(block: nn.Module, spec: LayerSpec | str) -> None:
         vars(block)["_whet"].spec = spec
 
 
-def _attach_norm(decoder: nn.Module) -> PartReport:
+def _attach_norm(decoder: nn.Module, state: EngineState) -> PartReport:
     name = next((n for n in LAST_NORMS if isinstance(getattr(decoder, n, None), nn.Module)), None)
     if name is None:
         return PartReport(None, "norm", False, "the decoder has no last norm the engine knows")
@@ -312,7 +372,7 @@ def _attach_norm(decoder: nn.Module) -> PartReport:
         spec = read_norm(module, name)
     except Unsupported as reason:
         return PartReport(None, "norm", False, str(reason))
-    _put(module, models.norm_forward, spec)
+    _put(module, models.norm_forward, NormRecord(spec, state))
     return PartReport(None, "norm", True)
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from whet.engine.head import EXTRAS, Head, token_log_probs
-from whet.engine.projection import Unsupported
 
 
 def settings(model: nn.Module) -> tuple[float, tuple[str, ...]]:
@@ -25,10 +24,26 @@ def settings(model: nn.Module) -> tuple[float, tuple[str, ...]]:
     Args:
         model: A model on which trl's head was put; its settings live in that function's closure.
     """
-    original = getattr(model, "_whet_original", None)
-    function = getattr(original, "__func__", None)
-    found = inspect.getclosurevars(function).nonlocals if function else {}
+    found = _settings(model)
     return float(found.get("temperature", 1.0)), tuple(found.get("outputs", ("log_probs",)))
+
+
+def can_answer(model: nn.Module, head: Head) -> bool:
+    """Tell whether the engine computes what trl's trainer asked for; if not, trl's own head does.
+
+    Args:
+        model: A model on which trl's head was put.
+        head: How logits are made. A temperature behind a soft cap is no factor of the logits.
+    """
+    found = _settings(model)
+    tempered = head.softcap is not None and found.get("temperature", 1.0) != 1.0
+    return not tempered and not found.get("cast_lm_head_to_fp32")
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    own = vars(model)
+    function = getattr(own.get("_whet_below") or own.get("_whet_original"), "__func__", None)
+    return dict(inspect.getclosurevars(function).nonlocals) if function else {}
 
 
 def answer(model: nn.Module, head: Head, batch: Any, kwargs: dict[str, Any]) -> Any:
@@ -48,8 +63,6 @@ def answer(model: nn.Module, head: Head, batch: Any, kwargs: dict[str, Any]) -> 
 
     temperature, names = settings(model)
     scaled = replace(head, logit_scale=head.logit_scale / temperature, label_smoothing=0.0)
-    if head.softcap is not None and temperature != 1.0:
-        raise Unsupported("a sampling temperature behind a soft cap")
     found = token_log_probs(
         batch.hidden_ND, batch.weight_VD, batch.bias_V, batch.target_N, scaled,
         tuple(name for name in names if name in EXTRAS),
@@ -67,5 +80,5 @@ def answer(model: nn.Module, head: Head, batch: Any, kwargs: dict[str, Any]) -> 
         count = max(1, len(batch.target_N))
     loss = -fields["log_probs"].sum() / count
     if not len(batch.target_N):
-        loss = batch.hidden_TD.sum() * 0.0
+        loss = loss + batch.hidden_TD[:0].sum()
     return FusedCausalLMOutput(loss=loss, label_mask=mask, **fields)

@@ -109,7 +109,7 @@ def pack_batch(
     index = mask.reshape(-1).nonzero()[:, 0]
     packed_positions = positions.reshape(-1)[index]
     if cu_seqlens is not None and len(index) == rows * width:
-        lengths = cu_seqlens.diff().tolist()
+        lengths = [length for length in cu_seqlens.flatten().diff().tolist() if length]
     else:
         row = index // width
         begins = (row.diff() != 0) | (packed_positions.diff() != 1)

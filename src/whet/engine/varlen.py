@@ -123,6 +123,26 @@ def _without_idle_window(mask: Mask, packed: Packed) -> Mask:
     return mask
 
 
+def attend_plainly(qkv: list[torch.Tensor], mask: Mask, dropout: float) -> torch.Tensor:
+    """Attend within one document with all its scores at once, for what no kernel does.
+
+    Args:
+        qkv: Queries, keys and values, (1, heads, L, width).
+        mask: Scale, window and soft cap.
+        dropout: Of the attention's weights.
+    """
+    q = qkv[0]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in qkv[1:])
+    scores = (q @ k.transpose(2, 3)) * mask.scale
+    if mask.softcap is not None:
+        scores = torch.tanh(scores / mask.softcap) * mask.softcap
+    seen = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    if mask.window is not None:
+        seen = seen.triu(1 - mask.window)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype)
+    return torch.nn.functional.dropout(weights, dropout) @ v
+
+
 def _cuda(mask: Mask, q_THK: torch.Tensor) -> Any:
     width = q_THK.shape[-1]
     half = q_THK.dtype in (torch.float16, torch.bfloat16)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import torch
 
+# Below this length the flash kernel's backward is faster in float32 than in bfloat16 (EPYC Zen 5, 9 heads
+# of 64: 1.2 ms against 2.6 at 160 tokens, 17 against 17 at 700), and more exact besides.
+FLOAT32_BELOW = 640
 # Queries that meet their keys together in the blocked form.
 QUERY_BLOCK = 64
 
@@ -96,6 +99,10 @@ def document_backward(
     length, heads, width = q_LHK.shape
     groups = k_LGK.shape[1]
     if _flash_can(window, softcap):
+        if length < FLOAT32_BELOW:
+            do_LHK, q_LHK, k_LGK, v_LGK, out_LHK = (
+                x.float() for x in (do_LHK, q_LHK, k_LGK, v_LGK, out_LHK)
+            )
         do, q, k, v, out = (
             _grouped(x, heads, groups) for x in (do_LHK, q_LHK, k_LGK, v_LGK, out_LHK)
         )

@@ -18,13 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whet.config import ModelSection
+from whet.config import Config, ModelSection
 from whet.errors import InputError, did_you_mean
 from whet.model import CausalLM, Tokenizer
 from whet.runs import require_free, whole_folder
 
 if TYPE_CHECKING:
     import torch
+
+    from whet.engine.swap import EngineSettings, SwapReport
 
 logger = logging.getLogger(__name__)
 
@@ -243,6 +245,45 @@ def load_model(
         )
     keep_4bit_weights(loaded)
     return loaded
+
+
+def engine_settings(config: Config) -> EngineSettings:
+    """Return how a config wants the engine.
+
+    Args:
+        config: The whole config; `train.gradient_checkpointing` becomes the policy to recompute.
+    """
+    from whet.engine.memory import Policy
+    from whet.engine.swap import EngineSettings
+
+    lean = Policy(qkv="recompute", gate_up="recompute")
+    return EngineSettings(
+        config.engine.check,
+        config.engine.strict,
+        config.engine.debug,
+        config.engine.head_rows,
+        lean if config.train.gradient_checkpointing else Policy(),
+    )
+
+
+def attach_engine(model: CausalLM, config: Config) -> SwapReport | None:
+    """Put the engine into a model as its config says.
+
+    Args:
+        model: A loaded model, with an adapter or without.
+        config: The whole config.
+
+    Returns:
+        What became of each part; None when `engine.enabled` is off.
+
+    Raises:
+        WhetError: `engine.strict` is set, and not everything is fused.
+    """
+    if not config.engine.enabled:
+        return None
+    from whet.engine.swap import attach
+
+    return attach(model, engine_settings(config))
 
 
 def load_model_config(model: ModelSection) -> Any:

@@ -16,10 +16,19 @@ from typing import Any, Protocol
 from whet.config import Config
 from whet.data.report import PreparedData, prepare
 from whet.data.template import set_chat_template
-from whet.errors import Interrupted
+from whet.engine.swap import detach, met
+from whet.engine.verify import compare_pass
+from whet.errors import Interrupted, WhetError
 from whet.evaluate import Sample, Scores, evaluate
 from whet.model import CausalLM, Tokenizer
-from whet.model.load import choose_dtype, device, load_model, load_tokenizer, max_length
+from whet.model.load import (
+    attach_engine,
+    choose_dtype,
+    device,
+    load_model,
+    load_tokenizer,
+    max_length,
+)
 from whet.model.lora import check_parameters, count_parameters, prepare_parameters
 from whet.runs import RunFolder, require_free, resume_run, start_run, whole_folder, write_text
 from whet.train.callbacks import Metrics, Progress, StopAtSignal, peak_memory_bytes
@@ -147,6 +156,7 @@ def _measure_base(
     report = run.report
     if "base" in report.get("evaluation", {}):
         return [Sample(**sample) for sample in report["evaluation"]["base_samples"]]
+    attach_engine(model, config)
     listener.stage("measuring the base model")
     scores, samples = evaluate(model, tokenizer, data, config.eval)
     _write_evaluation(run, base=scores, base_samples=samples)
@@ -168,6 +178,7 @@ def _train(
     tuned = prepare_parameters(model, config)
     trainable, total = count_parameters(tuned)
     listener.note(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    _put_engine(run, config, tuned, data, listener)
     # Weights and two AdamW moments, each in float32 at most, in every checkpoint and one more aside.
     num_bytes = 12 * trainable * (config.train.keep_checkpoints + 1)
     require_free(run.path, num_bytes, "keeping the checkpoints")
@@ -203,8 +214,39 @@ def _train(
             "parameters_trained": trainable, "parameters": total,
         }
     )  # fmt: skip
+    if config.engine.enabled:
+        run.update_report(engine={**run.report["engine"], "met": met(tuned)})
     plot_loss(run)
     return tuned
+
+
+def _put_engine(
+    run: RunFolder, config: Config, model: CausalLM, data: PreparedData, listener: Listener
+) -> None:
+    """Put the engine into the model as it will be trained, and compare one real pass."""
+    import torch
+
+    report = attach_engine(model, config)
+    if report is None:
+        listener.note("engine: off (engine.enabled)")
+        return
+    notes, apart = report.lines(), ""
+    if config.engine.check != "off":
+        shortest = min(data.train, key=lambda tokens: len(tokens.input_ids))
+        ids, labels = (
+            torch.tensor([values], device=model.device)
+            for values in (shortest.input_ids, shortest.labels)
+        )
+        model.train()
+        apart = compare_pass(model, ids, labels)
+    if apart:
+        detach(model)
+        notes = [f"engine: taken out again, because {apart}"]
+        if config.engine.strict:
+            raise WhetError(f"engine.strict is set, and the engine differs: {apart}")
+    for line in notes:
+        listener.note(line)
+    run.update_report(engine={**report.to_dict(), "taken_out": apart})
 
 
 def _keep_pissa_start(model: Any, folder: str) -> None:

@@ -96,7 +96,7 @@ class WhetTrainer(Trainer):
         self.tokens_seen = 0
         super().__init__(
             model=model,
-            args=training_arguments(config, run),
+            args=training_arguments(config, run, checkpoints=_needs_checkpointing(model, config)),
             train_dataset=TokenDataset(train),
             eval_dataset=TokenDataset(heldout) if heldout else None,
             processing_class=tokenizer,
@@ -186,12 +186,22 @@ def check_optimizer(name: str) -> None:
         )
 
 
-def training_arguments(config: Config, run: RunFolder) -> TrainingArguments:
+def _needs_checkpointing(model: CausalLM, config: Config) -> bool:
+    """Tell whether transformers must recompute layers; fused ones recompute by themselves, and less."""
+    from whet.engine.swap import report_of
+
+    report = report_of(model)
+    fused = report is not None and report.layers_fused == report.layers_total
+    return config.train.gradient_checkpointing and not fused
+
+
+def training_arguments(config: Config, run: RunFolder, checkpoints: bool) -> TrainingArguments:
     """Translate the config into transformers' arguments.
 
     Args:
         config: The run's config.
         run: The run's folder.
+        checkpoints: Turn on transformers' gradient checkpointing.
     """
     from whet.model.load import choose_dtype, device
 
@@ -213,7 +223,7 @@ def training_arguments(config: Config, run: RunFolder) -> TrainingArguments:
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         optim=train.optimizer,
-        **_checkpointing(train.gradient_checkpointing),
+        **_checkpointing(checkpoints),
         seed=train.seed,
         # Float32 weights that are trained themselves are multiplied in bfloat16 where a GPU has it.
         bf16=bf16 and on_cuda and torch.cuda.is_bf16_supported(including_emulation=False),
