@@ -13,7 +13,7 @@ from tests.engine.families import (
     in_nf4,
     true_gradients,
 )
-from whet.engine import attention_half, head, layer, mlp_half, parity, projection, swap, verify
+from whet.engine import attention_half, group, head, layer, mlp_half, parity, swap, verify
 from whet.engine.model import decoder_of
 from whet.engine.parity import compare_half, judge
 from whet.engine.spec import read_layer
@@ -111,9 +111,9 @@ KERNELS = {
     "gradient of the gate": (mlp_half, "glu_backward", argument(4), "full", "mlp"),
     "gradient of up": (mlp_half, "glu_backward", argument(5), "full", "mlp"),
     "activation made again": (mlp_half, "glu_backward", argument(6), "full", "mlp"),
-    "P": (projection, "lora_backward", given("p_TR"), "llama", "mlp"),
-    "gradient of B": (projection, "lora_backward", given("db_NR"), "llama", "attention"),
-    "NF4 weight": (projection, "nf4_dequantize", returned(0), "nf4", "mlp"),
+    "P": (group, "lora_backward", given("p_TR"), "llama", "mlp"),
+    "gradient of B": (group, "lora_backward", given("db_NR"), "llama", "attention"),
+    "NF4 weight": (group, "nf4_dequantize", returned(0), "nf4", "mlp"),
 }  # fmt: skip
 SABOTAGES = (zeros, wrong_sign, dropped_last_row, not_a_number)
 

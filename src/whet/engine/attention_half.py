@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from whet.engine.group import Gradients, Group
 from whet.engine.memory import Policy, SavedTensors, workspace
-from whet.engine.projection import Gradients, Group, Projection
+from whet.engine.projection import Projection
 from whet.engine.spec import AttentionSpec
 from whet.engine.unpad import Packed
 from whet.engine.varlen import Mask, varlen_backward, varlen_forward

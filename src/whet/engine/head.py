@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from whet.engine.group import Gradients
 from whet.engine.memory import workspace
-from whet.engine.projection import Gradients, Unsupported, read_projection
+from whet.engine.projection import Unsupported, read_projection
 from whet.kernels.cross_entropy import cross_entropy_
 from whet.kernels.nf4 import NF4Weight
 

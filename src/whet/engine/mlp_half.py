@@ -15,8 +15,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from whet.engine.attention_half import HalfCall, _z_buffer, add_to_residual, behind
+from whet.engine.group import Gradients, Group
 from whet.engine.memory import SavedTensors, workspace
-from whet.engine.projection import Gradients, Group, Projection
+from whet.engine.projection import Projection
 from whet.engine.spec import MlpSpec
 from whet.kernels.glu import glu_backward, glu_forward
 

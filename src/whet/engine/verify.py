@@ -26,7 +26,8 @@ from whet.engine.parity import (
     layer_key,
     observe,
 )
-from whet.engine.swap import EngineSettings, SwapReport
+from whet.engine.report import SwapReport, ranges
+from whet.engine.swap import EngineSettings
 
 # Rows of logits that are compared.
 SAMPLED_ROWS = 16
@@ -121,7 +122,7 @@ def _kept(report: SwapReport) -> list[PartVerdict]:
     verdicts = {}
     for part in report.parts:
         if not part.fused:
-            like = swap.ranges(_like(report, part))
+            like = ranges(_like(report, part))
             name = part.part if part.layer is None else f"{part.part} of {like}"
             verdict = "fail" if part.failed else "kept"
             verdicts[name, part.reason] = PartVerdict(name, verdict, reason=part.reason)
@@ -152,7 +153,7 @@ def _layers(base: Any, report: SwapReport) -> list[PartVerdict]:
             if (numbers[0], part) in fused:
                 spec, dtype = vars(block)["_whet"].spec, seen.hidden.dtype  # type: ignore[union-attr]
                 compared = compare_thrice(block, spec, part, angles, dtype)
-                verdicts.append(_worst(f"{part} of {swap.ranges(numbers)}", compared))
+                verdicts.append(_worst(f"{part} of {ranges(numbers)}", compared))
     return verdicts
 
 

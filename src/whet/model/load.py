@@ -26,7 +26,8 @@ from whet.runs import require_free, whole_folder
 if TYPE_CHECKING:
     import torch
 
-    from whet.engine.swap import EngineSettings, SwapReport
+    from whet.engine.report import SwapReport
+    from whet.engine.swap import EngineSettings
 
 logger = logging.getLogger(__name__)
 
