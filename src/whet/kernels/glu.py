@@ -11,6 +11,7 @@ Activations: silu, gelu_tanh, gelu_erf, relu, relu2 (squared). Computed in float
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -20,6 +21,8 @@ from whet.kernels.launch import ceil_div, constexpr, jit, launch, power_of_2, tl
 from whet.kernels.spec import Aot, Case, Spec, Tensors, normal
 
 Activation = Literal["silu", "gelu_tanh", "gelu_erf", "relu", "relu2"]
+# Elements of a block of rows on the CPU.
+BLOCK_ELEMENTS = 196_608
 
 
 def glu_forward(
@@ -40,11 +43,13 @@ def glu_forward(
     if uses_triton(gate_TF):
         _launch_forward(gate_TF, up_TF, activation, out_TF)
         return out_TF
-    gate = gate_TF.float()
-    value = _activate(gate, activation)
-    if up_TF is not None:
-        value = value * up_TF
-    return out_TF.copy_(value)
+    for part in row_blocks(gate_TF):
+        value = _activate(gate_TF[part].float(), activation)
+        if up_TF is not None:
+            # Widened first: of two dtypes torch's product is not vectorised, and three times slower.
+            value = value.mul_(up_TF[part].float())
+        out_TF[part].copy_(value)
+    return out_TF
 
 
 def glu_backward(
@@ -70,8 +75,36 @@ def glu_backward(
     if uses_triton(gate_TF):
         _launch_backward(da_TF, gate_TF, up_TF, activation, dgate_TF, dup_TF, a_TF)
         return
-    gate, da = gate_TF.float(), da_TF.float()
-    value, slope = _activate_and_slope(gate, activation)
+    for part in row_blocks(gate_TF):
+        up, dup, a = (None if x is None else x[part] for x in (up_TF, dup_TF, a_TF))
+        _backward_block(da_TF[part], gate_TF[part], up, activation, dgate_TF[part], dup, a)
+
+
+def row_blocks(x_TF: torch.Tensor) -> Iterator[slice]:
+    """Cut rows into blocks whose float32 temporaries stay in a core's cache; one block off the CPU.
+
+    512 x 1536 bfloat16, EPYC Zen 5: backward 1.5 ms in one piece, 0.7 ms in blocks of 128 rows.
+
+    Args:
+        x_TF: What the rows are of.
+    """
+    num, width = x_TF.shape
+    rows = max(1, BLOCK_ELEMENTS // max(1, width)) if x_TF.device.type == "cpu" else max(1, num)
+    for start in range(0, num, rows):
+        yield slice(start, min(num, start + rows))
+
+
+def _backward_block(
+    da_TF: torch.Tensor,
+    gate_TF: torch.Tensor,
+    up_TF: torch.Tensor | None,
+    activation: Activation,
+    dgate_TF: torch.Tensor,
+    dup_TF: torch.Tensor | None,
+    a_TF: torch.Tensor | None,
+) -> None:
+    da = da_TF.float()
+    value, slope = _activate_and_slope(gate_TF.float(), activation)
     if up_TF is None:
         if a_TF is not None:
             a_TF.copy_(value)
@@ -105,7 +138,7 @@ def _activate_and_slope(
         sigmoid = torch.sigmoid(x)
         value = x * sigmoid
         # s + x s (1 - s) = s + v - v s
-        return value, torch.addcmul(sigmoid + value, value, sigmoid, value=-1)
+        return value, (value * sigmoid).neg_().add_(value).add_(sigmoid)
     if activation == "gelu_tanh":
         scale = math.sqrt(2 / math.pi)
         tanh = torch.tanh(scale * (x + 0.044715 * x**3))

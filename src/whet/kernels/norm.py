@@ -59,9 +59,9 @@ def norm_forward(
     rstd = torch.linalg.vector_norm(x, dim=-1).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     y = (x * rstd[:, None]).mul_(_scale(weight_D, unit_offset))
     if bias_D is not None:
-        y.add_(bias_D)
+        y.add_(bias_D.float())
     if residual_TD is not None:
-        y.add_(residual_TD)
+        y.add_(residual_TD.float())
     out_TD.copy_(y)
     return out_TD, mean, rstd
 
@@ -117,7 +117,7 @@ def norm_backward(
         dx.sub_(g.mean(-1, keepdim=True))
     dx.mul_(rstd_T[:, None])
     if add_TD is not None:
-        dx.add_(add_TD)
+        dx.add_(add_TD.float())
     return out_TD.copy_(dx)
 
 
