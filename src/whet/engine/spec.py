@@ -354,7 +354,7 @@ def read_activation(function: Any) -> Activation:
     """
     if not callable(function):
         raise Unsupported("an MLP that does not tell its activation")
-    x = torch.linspace(-6, 6, 101)
+    x = torch.linspace(-6, 6, 101)[None]
     answer: torch.Tensor = function(x)  # type: ignore[assignment]
     for name in ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2"):
         if torch.allclose(glu_forward(x, None, name), answer, rtol=1e-5, atol=1e-6):
