@@ -88,7 +88,9 @@ def build(name: str, dtype: torch.dtype = torch.float32, **more) -> nn.Module:
     family = FAMILIES[name]
     size = {"vocab_size": 301} if family.model_type == "gpt2" else SMALL
     config = AutoConfig.for_model(family.model_type, **{**size, **family.settings, **more})
-    model = AutoModelForCausalLM.from_config(config)
+    # transformers 5.17's sdpa leaves Gemma 2's soft cap out, without a word.
+    plain = {"attn_implementation": "eager"} if name == "gemma2" else {}
+    model = AutoModelForCausalLM.from_config(config, **plain)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
