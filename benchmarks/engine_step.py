@@ -62,7 +62,9 @@ def batches(rows: list[tuple[list[int], list[int]]]) -> list[dict[str, torch.Ten
                 "attention_mask": torch.tensor(
                     [[1] * len(i) + [0] * s for (i, _), s in zip(part, space, strict=True)]
                 ),
-                "labels": torch.tensor([y + [-100] * s for (_, y), s in zip(part, space, strict=True)]),
+                "labels": torch.tensor(
+                    [y + [-100] * s for (_, y), s in zip(part, space, strict=True)]
+                ),
             }
         )
     return made

@@ -16,6 +16,7 @@ from whet.model.load import load_tokenizer
 from whet.terminal import opening
 from whet.train.recipe import LogListener, fit
 from whet.trained import load_trained
+from whet.verification import verify_loaded
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "examples" / "quickstart.yaml"
 
@@ -103,3 +104,26 @@ def test_nf4_loads_and_learns(tmp_path):
     )  # fmt: skip
     evaluation = fit(config, listener=LogListener()).report["evaluation"]
     assert evaluation["tuned"]["loss"] < 0.8 * evaluation["base"]["loss"]
+
+
+@pytest.mark.parametrize("weights", ["dense", "nf4"])
+def test_every_layer_of_the_real_model_is_fused_and_passes(weights):
+    more = [f"model.load_in_4bit={str(weights == 'nf4').lower()}", "model.dtype=float32"]
+    verification = verify_loaded(load_trained("smollm2-135m", more))
+    assert [part for part in verification.parts if part.verdict != "pass"] == []
+    assert verification.layers_fused == verification.layers_total == 30
+
+
+def test_the_engine_changes_no_loss_of_the_real_model(tmp_path):
+    losses = []
+    for enabled in ("true", "false"):
+        config = load_config(
+            QUICKSTART,
+            [
+                f"run.dir={tmp_path}", f"run.name=engine-{enabled}", f"engine.enabled={enabled}",
+                "model.dtype=float32", "train.max_steps=6", "data.heldout=null",
+            ],
+        )  # fmt: skip
+        run = fit(config, listener=LogListener())
+        losses.append([line["loss"] for line in run.metrics() if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -84,7 +84,9 @@ def test_a_run_reports_what_the_engine_did(config):
 
 
 def test_the_engine_can_be_left_out(config):
-    off = fit(load_config(config, ["engine.enabled=false", "lora.dropout=0"]), listener=LogListener())
+    off = fit(
+        load_config(config, ["engine.enabled=false", "lora.dropout=0"]), listener=LogListener()
+    )
     on = fit(load_config(config, ["run.name=in", "lora.dropout=0"]), listener=LogListener())
     assert "engine" not in off.report
     assert on.report["engine"]["layers_fused"] == 2

@@ -115,7 +115,9 @@ def _read_nf4(module: Any, adapter: Adapter | None) -> Projection:
         raise Unsupported(f"4-bit weights of kind {state.quant_type}")
     if module.weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
         # bitsandbytes 0.50.2 reads the wrong scales there (off by 2.8 of 576 wide in blocks of 128).
-        raise Unsupported("4-bit rows that are not whole blocks, which bitsandbytes reads otherwise")
+        raise Unsupported(
+            "4-bit rows that are not whole blocks, which bitsandbytes reads otherwise"
+        )
     if len(state.shape) != 2:
         raise Unsupported("4-bit weights that are no matrix")
     return Projection(
