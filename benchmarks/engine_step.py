@@ -102,22 +102,23 @@ def stepper(arguments: argparse.Namespace) -> tuple[Any, Callable[[], float], di
     return model, step, tokens
 
 
-def resident_bytes() -> int:
-    """Return this process's resident memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def resident_bytes(peak: bool = False) -> int:
+    """Return this process's resident memory, or its peak since it was last forgotten (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    key = "VmHWM:" if peak else "VmRSS:"
+    return int(status.split(key)[1].split()[0]) * 1024
 
 
 def measure_memory(arguments: argparse.Namespace) -> int:
     """Return the peak above the loaded model of a few steps, all of one kind."""
-    import resource
-
     model, step, _ = stepper(arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     before = resident_bytes()
     if arguments.only == "in":
         swap.attach(model, swap.EngineSettings(check="off"))
     for _ in range(3):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return resident_bytes(peak=True) - before
 
 
 def main() -> None:
