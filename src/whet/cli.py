@@ -61,6 +61,10 @@ Assignments = Annotated[
 RunOrModel = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="Run folder, or any model name.")
 ]
+DataFile = Annotated[
+    str | None,
+    typer.Option(help="Rows to use; default: the run's held-out rows (verify: a few sentences)."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 System = Annotated[
     str | None, typer.Option(help="System prompt; a run's own is used when this is not given.")
@@ -184,7 +188,7 @@ def train(
         return
     require_sources(settings.data)
     _quiet_libraries()
-    from whet.terminal import Terminal, clock, show_evaluation
+    from whet.terminal import Terminal, show_end, show_evaluation
 
     terminal = Terminal()
     terminal.stage(f"whet {__version__}: {config}, starting")
@@ -197,33 +201,17 @@ def train(
     report = run.report
     if "tuned" in report.get("evaluation", {}):
         show_evaluation(terminal.out, report["evaluation"], settings.eval.samples)
-    out = terminal.out
-    out.print(
-        f"\nDone in {clock(report['seconds'])}, peak memory {report['peak_bytes'] / 2**30:.2f} GiB. "
-        f"Everything is in {run.path}/ (report.json, samples.md, loss.png)."
-    )
-    out.print("Next:", markup=False)
-    for command in (f"chat {run.path}", f"eval {run.path}", f"export {run.path} --to merged"):
-        out.print(f"  {_program()} {command}", markup=False)
-
-
-def _program() -> str:
-    """Return the command as it was typed, so that the next one can be typed the same way."""
-    typed = Path(sys.argv[0])
-    return "python -m whet" if typed.name == "__main__.py" else str(typed)
+    show_end(terminal.out, str(run.path), report["seconds"], report["peak_bytes"])
 
 
 @app.command(name="eval", epilog=_keys("eval"))
 def evaluate(
     name: RunOrModel,
-    data: Annotated[
-        str | None, typer.Option(help="Rows to measure on; default: held-out rows.")
-    ] = None,
+    data: DataFile = None,
     set_: Assignments = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity (and exact match) on held-out rows, the base beside the tuned model."""
-    _quiet_libraries()
     from whet.evaluate import compare
     from whet.terminal import Terminal, console, show_evaluation
 
@@ -241,14 +229,11 @@ def evaluate(
 @app.command(epilog=_keys("engine"))
 def verify(
     name: RunOrModel,
-    data: Annotated[
-        str | None, typer.Option(help="Rows to compare on; default: a few sentences.")
-    ] = None,
+    data: DataFile = None,
     set_: Assignments = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the engine with the model's original code, part by part; exit 1 when any part fails."""
-    _quiet_libraries()
     from whet.terminal import Terminal, console, show_verification
     from whet.verification import verify_loaded
 
@@ -285,7 +270,6 @@ def generate(
     from whet.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    _quiet_libraries()
     from whet.data.template import render_prompt
     from whet.generate import generate as complete
     from whet.terminal import opening
@@ -324,7 +308,6 @@ def chat(
     from whet.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    _quiet_libraries()
     from whet.terminal import talk
 
     loaded = _load(name)
@@ -387,6 +370,7 @@ def export(
 
 def _load(name: str, assignments: list[str] | None = None) -> Loaded:
     """Load a run or a model; assignments change its config, for this command only."""
+    _quiet_libraries()
     from whet.trained import load_trained
 
     return load_trained(name, assignments)

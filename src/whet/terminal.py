@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
@@ -206,6 +207,27 @@ def show_verification(out: Console, verification: Verification) -> None:
         "all parts pass" if not failed else f"{failed} of {len(verification.parts)} parts fail"
     )
     out.print(f"{fused}, {verdict}")
+
+
+def show_end(out: Console, path: str, seconds: float, peak_bytes: int) -> None:
+    """Say what a run took, where its results are, and what can be done with them.
+
+    Args:
+        out: Where to.
+        path: The run's folder.
+        seconds: How long it took.
+        peak_bytes: Its peak memory.
+    """
+    out.print(
+        f"\nDone in {clock(seconds)}, peak memory {peak_bytes / 2**30:.2f} GiB. "
+        f"Everything is in {path}/ (report.json, samples.md, loss.png)."
+    )
+    out.print("Next:", markup=False)
+    # The command as it was typed, so that the next one can be typed the same way.
+    typed = Path(sys.argv[0])
+    program = "python -m whet" if typed.name == "__main__.py" else str(typed)
+    for command in (f"chat {path}", f"eval {path}", f"export {path} --to merged"):
+        out.print(f"  {program} {command}", markup=False)
 
 
 def data_table(report: DataReport) -> Table:
