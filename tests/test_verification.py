@@ -49,6 +49,11 @@ def test_rows_of_a_file_can_be_used(tiny_model, rows_file):
     assert verify(tiny_model, *FLOAT32, "--data", rows_file).exit_code == 0
 
 
+def test_a_missing_file_is_told_before_anything_is_loaded(tiny_model):
+    result = verify(tiny_model, "--data", "nofile.jsonl")
+    assert "nofile.jsonl" in str(result.exception) and "loading" not in result.output
+
+
 def test_a_run_is_verified_with_its_own_adapter(config):
     run = fit(load_config(config, ["train.max_steps=2", "lora.dropout=0"]), listener=LogListener())
     result = verify(run.path)

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from whet import __version__
+from whet.config import DataSection
 from whet.config_file import (
     TEMPLATES,
     commented_yaml,
@@ -234,6 +235,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compare the engine with the model's original code, part by part; exit 1 when any part fails."""
+    if data is not None:
+        require_sources(DataSection(train=data))
     from whet.terminal import Terminal, console, show_verification
     from whet.verification import verify_loaded
 
