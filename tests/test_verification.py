@@ -80,8 +80,12 @@ def test_strict_is_an_error_when_a_part_is_not_fused(tiny_model):
 
 
 def test_a_run_reports_what_the_engine_did(config):
-    run = fit(load_config(config, ["train.max_steps=2"]), listener=LogListener())
+    told = []
+    listener = LogListener()
+    listener.note = told.append
+    run = fit(load_config(config, ["train.max_steps=2"]), listener=listener)
     engine = run.report["engine"]
+    assert any(note.startswith("not fused while training") and "dropout" in note for note in told)
     assert engine["layers_total"] == 2
     assert engine["taken_out"] == ""
     # The fixture's adapter has a dropout, with which the layers keep their own code while training.

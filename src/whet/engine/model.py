@@ -193,6 +193,8 @@ def pack(decoder: nn.Module, state: EngineState, kwargs: dict[str, Any]) -> Pack
         return None
     shape = (int(tokens.shape[0]), int(tokens.shape[1]))
     packed = pack_batch(shape, mask, positions, kwargs.get("cu_seq_lens_q"), tokens.device)
+    if packed is None:
+        state.notes["unpadding"] = "a batch stayed padded, for its attention mask has holes"
     return packed if packed is not None and packed.num_tokens else None
 
 
@@ -255,6 +257,7 @@ def _labelled_batch(
     packed = pack(decoder, state, inner)
     if packed is not None and int(packed.pack(labelled_BL).sum()) != int(labelled_BL.sum()):
         packed = None  # a label on padding: the original learns it, and so it stays in
+        state.notes["unpadding"] = "a batch stayed padded, for padding in it is labelled"
     output = decoder(**{**inner, "use_cache": False, "whet_packed": packed or False})
     if packed is None:
         shape = (int(target_BL.shape[0]), int(target_BL.shape[1]))

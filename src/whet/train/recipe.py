@@ -244,6 +244,10 @@ def _put_engine(
         notes = [f"engine: taken out again, because {apart}"]
         if config.engine.strict:
             raise WhetError(f"engine.strict is set, and the engine differs: {apart}")
+    else:
+        # What a training pass met, and a look at the structure could not see: adapters with dropout.
+        found = met(model).get("fallbacks", [])
+        notes += [f"not fused while training, {why}" for why in found if why not in report.kept]
     for line in notes:
         listener.note(line)
     run.update_report(engine={**report.to_dict(), "taken_out": apart})
