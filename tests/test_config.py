@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from whet.config import Config
+from whet.config import Config, parse_bytes
 from whet.config_file import (
     TEMPLATES,
     commented_yaml,
@@ -73,7 +73,10 @@ def test_all_mistakes_are_told_at_once():
         {"lora": {"init": "loftq"}},
         {"lora": {"init": "pissa"}, "model": {"load_in_4bit": True}},
         {"data": {"heldout": "a.jsonl", "heldout_fraction": 0.1}},
-        {"train": {"batch_size": 8, "examples_per_pass": 3}},
+        {"plan": {"embeddings": "8bit"}, "train": {"parameters": "full"}},
+        {"plan": {"policy": "offload"}, "engine": {"enabled": False}},
+        {"pack": {"enabled": False, "split": True}},
+        {"plan": {"memory": "twelve"}},
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(tree):
@@ -140,9 +143,18 @@ def test_files_beside_the_config_are_found_from_anywhere(tmp_path, monkeypatch):
     assert load_config(file).data.train == [str(tmp_path / "sub" / "rows.jsonl"), "org/dataset"]
 
 
-@pytest.mark.parametrize(("batch", "size"), [(1, 1), (8, 8), (16, 8), (12, 6), (13, 1), (20, 5)])
-def test_a_batch_is_cut_into_equal_passes(batch, size):
-    assert load_config({}, [f"train.batch_size={batch}"]).examples_per_pass == size
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("12GB", 12 * 2**30), ("11.5 GiB", 11.5 * 2**30), ("800mb", 800 * 2**20), ("4096", 4096)],
+)
+def test_memory_is_read_as_people_write_it(text, num_bytes):
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "12 apples", "-3GB", "0", "1e9"])
+def test_what_is_no_memory_is_refused(text):
+    with pytest.raises(ValueError, match="write 12GB"):
+        parse_bytes(text)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)

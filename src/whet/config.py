@@ -7,11 +7,27 @@ Nothing here imports torch, so that the command line answers at once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+
+def parse_bytes(text: str) -> int:
+    """Read an amount of memory as people write it: 12GB, 11.5 GiB, 800MB, or bytes.
+
+    Cards are sold in GB and hold GiB (12 GB are 12,288 MiB), so both mean 2^30 here, as in nvidia-smi.
+
+    Raises:
+        ValueError: It is not an amount; the text says what is.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise ValueError(f"'{text}' is no amount of memory; write 12GB or 800MB")
+    power = "KMGT".index(found[2].upper()) + 1 if found[2] else 0
+    return int(float(found[1]) * 1024**power)
 
 
 class Section(BaseModel):
@@ -109,10 +125,10 @@ class TrainSection(Section):
     last_layers: int = Field(default=2, ge=1)
     """How many decoder layers `parameters: last_layers` trains; the rest is frozen."""
     batch_size: int = Field(default=8, ge=1)
-    """Examples in one optimizer step."""
-    examples_per_pass: int | None = Field(default=None, ge=1)
-    """Examples in one forward and backward pass; null fits the batch into as few passes as divide
-    it, of at most 8 examples. It changes memory and speed, never the mathematics."""
+    """Examples in one optimizer step. How many passes that takes is planned (`plan`), and changes
+    memory and speed, never the mathematics."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens in one optimizer step, on average, instead of `batch_size` examples."""
     epochs: float = Field(default=1.0, gt=0)
     """Times each row is seen, when `max_steps` is null."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -128,9 +144,8 @@ class TrainSection(Section):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this norm; 0 turns clipping off."""
     optimizer: str = "adamw_torch"
-    """Optimizer, by its name in transformers.TrainingArguments: adamw_torch, adamw_8bit, sgd, ..."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Optimizer, by its name in transformers.TrainingArguments: adamw_torch, adamw_8bit (moments in a
+    quarter of the memory), paged_adamw_8bit (CUDA: moved out when memory is short), sgd, ..."""
     seed: int = Field(default=3407, ge=0)
     """Seed of the adapter's start, the order of the rows and dropout."""
     log_steps: int = Field(default=1, ge=1)
@@ -156,6 +171,44 @@ class EngineSection(Section):
     head_rows: int | None = Field(default=None, ge=1)
     """Labelled tokens whose logits exist at once; null takes 256 on the CPU and 1024 on a GPU. It
     changes memory and speed, never the loss."""
+    block_tokens: int | None = Field(default=None, ge=1)
+    """Tokens that go through an MLP at once; null takes 512 on the CPU and 8192 on a GPU. It bounds
+    the memory of one layer in a long pass."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Record a pass once and replay it, which saves the time between kernels: auto does it on a GPU
+    for models whose passes are short work; on also where it hardly pays."""
+
+
+class PackSection(Section):
+    """How the examples of one optimizer step become passes."""
+
+    enabled: bool = True
+    """Lay examples side by side without padding; false pads them to rectangles, as other trainers do."""
+    split: bool = False
+    """Cut examples where a pass is full. A piece does not see what was before it, so this changes
+    what is learned, a little."""
+    buckets: Literal["auto", "on", "off"] = "auto"
+    """Pad passes up to one of 32 lengths, so that shapes repeat; auto does it for CUDA graphs only."""
+
+
+class PlanSection(Section):
+    """What the memory is used for. None of it changes the mathematics but `embeddings: 8bit`."""
+
+    preset: Literal["fast", "lean"] = "fast"
+    """fast: the fastest plan that fits. lean: the least memory, an example a pass if need be."""
+    memory: str | None = None
+    """Memory to stay within, such as 12GB; null takes 90% of what is free when the run starts."""
+    tokens_per_pass: int | None = Field(default=None, ge=1)
+    """Most tokens of one forward and backward pass; null plans it. Longer examples pass alone."""
+    policy: Literal["auto", "keep", "recompute", "offload"] = "auto"
+    """What happens to saved tensors until the backward pass: kept; recomputed where that is cheap
+    (gradient checkpointing); or moved to host memory, on the CPU to a scratch file (offload). auto
+    chooses for each kind of tensor, and uses a scratch file never."""
+    embeddings: Literal["device", "cpu", "8bit"] = "device"
+    """Where frozen embeddings and the frozen head are: on the device, in host memory, or on the device
+    in 8 bit, which changes the numbers a little."""
+    probe: bool = True
+    """Run the longest pass once before training, and correct the plan by what was measured."""
 
 
 class EvalSection(Section):
@@ -190,8 +243,12 @@ class Config(Section):
     """What is learned."""
     train: TrainSection = TrainSection()
     """How it is learned."""
+    pack: PackSection = PackSection()
+    """How examples become passes."""
     engine: EngineSection = EngineSection()
     """How layers and loss are computed."""
+    plan: PlanSection = PlanSection()
+    """What the memory is used for."""
     eval: EvalSection = EvalSection()
     """What is measured."""
 
@@ -201,14 +258,6 @@ class Config(Section):
         if mistakes:
             raise PydanticCustomError("contradiction", "{text}", {"text": "\n".join(mistakes)})
         return self
-
-    @property
-    def examples_per_pass(self) -> int:
-        """Examples in one pass: what the config says, or the largest divisor of the batch up to 8."""
-        batch = self.train.batch_size
-        return self.train.examples_per_pass or max(
-            size for size in range(1, min(8, batch) + 1) if batch % size == 0
-        )
 
 
 def _contradictions(config: Config) -> Iterator[str]:
@@ -225,8 +274,18 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "lora.init 'pissa' takes the weights apart, which 4-bit weights do not allow; use loftq"
     if config.data.heldout is not None and config.data.heldout_fraction:
         yield "data.heldout and data.heldout_fraction exclude each other; set one"
-    if train.examples_per_pass and train.batch_size % train.examples_per_pass:
+    if config.plan.embeddings != "device" and train.parameters != "lora":
         yield (
-            f"train.batch_size {train.batch_size} is not a multiple of train.examples_per_pass "
-            f"{train.examples_per_pass}; change one"
+            f"plan.embeddings '{config.plan.embeddings}' is for frozen embeddings; with "
+            f"train.parameters '{train.parameters}' leave it at device"
         )
+    if config.plan.policy in ("recompute", "offload") and not config.engine.enabled:
+        if config.plan.policy == "offload":
+            yield "plan.policy 'offload' needs the engine; set engine.enabled: true"
+    if config.pack.split and not config.pack.enabled:
+        yield "pack.split cuts packed examples; set pack.enabled: true"
+    if config.plan.memory is not None:
+        try:
+            parse_bytes(config.plan.memory)
+        except ValueError as error:
+            yield f"plan.memory: {error}"

@@ -80,8 +80,9 @@ class Terminal:
         """Show one log step: a moving bar on a terminal, a line elsewhere."""
         text = (
             f"loss {progress.loss:.4f}  lr {progress.learning_rate:.1e}  "
-            f"{progress.tokens_per_second:,.0f} tokens/s  {progress.memory_bytes / 2**30:.2f} GiB  "
-            f"ETA {clock(progress.eta_seconds)}"
+            f"{progress.tokens_per_second:,.0f} tokens/s ({progress.labelled_per_second:,.0f} learned)  "
+            f"MFU {progress.mfu:.0%}  {progress.memory_bytes / 2**30:.2f} of "
+            f"{progress.planned_bytes / 2**30:.2f} GiB  ETA {clock(progress.eta_seconds)}"
         )
         if not self.out.is_terminal:
             self.out.print(f"step {progress.step}/{progress.num_steps}  {text}")

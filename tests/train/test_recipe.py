@@ -71,7 +71,10 @@ def test_a_run_learns_and_its_folder_tells_everything(config):
         ["lora.dora=true"],
         ["lora.bias=all"],
         ["model.dtype=bfloat16"],
-        ["train.gradient_checkpointing=true"],
+        ["plan.policy=recompute"],
+        ["plan.policy=offload"],
+        ["pack.enabled=false"],
+        ["train.batch_tokens=120"],
         ["eval.steps=3", "train.optimizer=adamw_8bit"],
     ],
     ids=" ".join,
@@ -90,14 +93,14 @@ def test_every_method_learns_and_loads_again_as_it_was(config, assignments):
 
 
 def test_passes_do_not_change_the_numbers(config):
-    """One pass of four examples, or four of one: the same losses and norms, to rounding."""
+    """Passes of a whole step, of two examples or of one: the same losses and norms, to rounding."""
     config = load_config(config, ["lora.dropout=0", "train.max_steps=6"])
     runs = [
         fit(
-            load_config(config, [f"train.examples_per_pass={n}", f"run.name=r{n}"]),
+            load_config(config, [f"plan.tokens_per_pass={n}", f"run.name=r{n}"]),
             listener=Heard(),
         )
-        for n in (4, 2, 1)
+        for n in (400, 70, 1)
     ]
     rows = [run.metrics() for run in runs]
     for one, two, four in zip(*rows, strict=True):
@@ -116,7 +119,7 @@ def test_the_same_seed_gives_the_same_run(config):
 @pytest.mark.parametrize("stop_at", [3, 4, 7])
 def test_ctrl_c_keeps_a_checkpoint_and_resume_gives_the_very_same_losses(config, method, stop_at):
     """Stopped inside the first epoch, at a checkpoint, and inside the second; with dropout on."""
-    config = load_config(config, ["train.examples_per_pass=2", *method])
+    config = load_config(config, ["plan.tokens_per_pass=70", *method])
     whole = fit(load_config(config, ["run.name=whole"]), listener=Heard())
     heard = Heard({stop_at: lambda: os.kill(os.getpid(), signal.SIGINT)})
     with pytest.raises(Interrupted, match="--resume") as stopped:
@@ -211,22 +214,6 @@ def test_too_little_room_is_told_before_training(config, monkeypatch):
     with pytest.raises(WhetError, match="keeping the checkpoints needs"):
         fit(config, listener=heard)
     assert not heard.steps
-
-
-def test_rows_of_a_step_are_sorted_and_an_epoch_is_a_permutation():
-    from whet.train.trainer import StepSampler
-
-    lengths = [(7 * n) % 23 for n in range(50)]
-    sampler = StepSampler(lengths, batch_size=8, seed=3)
-    orders = []
-    for epoch in (0, 1, 0):
-        sampler.set_epoch(epoch)
-        orders.append(list(sampler))
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(50))
-    assert orders[0] == orders[2] != orders[1]
-    for start in range(0, 50, 8):
-        step = [lengths[row] for row in orders[0][start : start + 8]]
-        assert step == sorted(step)
 
 
 def test_a_run_without_held_out_rows_trains_and_says_so(config):

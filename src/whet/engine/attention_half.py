@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from whet.engine.group import Gradients, Group
-from whet.engine.memory import Policy, SavedTensors, workspace
+from whet.engine.memory import Policy, SavedTensors, is_planning, workspace
 from whet.engine.projection import Projection
 from whet.engine.spec import AttentionSpec
 from whet.engine.unpad import Packed
@@ -88,7 +88,8 @@ class HalfCall:
     policy: Policy
 
     def blocks(self, num_tokens: int) -> Iterator[slice]:
-        """Cut T tokens into blocks."""
+        """Cut T tokens into blocks; in a plan the first stands for all, which use the same memory."""
+        num_tokens = min(num_tokens, self.block) if is_planning() else num_tokens
         for start in range(0, num_tokens, self.block):
             yield slice(start, min(num_tokens, start + self.block))
 

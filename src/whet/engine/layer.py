@@ -31,9 +31,10 @@ from whet.kernels.nf4 import NF4Weight
 from whet.kernels.norm import norm_backward, norm_forward
 from whet.kernels.rope import HeadNorm
 
-# Tokens worked on at a time on the CPU, where a block's gate and up should stay in the last cache
-# level: 512 x 2 x 1536 bfloat16 are 3 MB (SmolLM2-135M). On CUDA a pass is one block.
-CPU_BLOCK = 512
+# Tokens worked on at a time. On the CPU a block's gate and up should stay in the last cache level: 512
+# x 2 x 1536 bfloat16 are 3 MB (SmolLM2-135M). On CUDA products of 8192 rows are long past their best
+# rate, and the memory of one layer stays bounded in a long pass.
+BLOCK_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
 @dataclass
@@ -47,6 +48,7 @@ class LayerRecord:
         strict: Raise instead of falling back.
         debug: Look for the first value that is not finite.
         returns_tuple: The original forward returns (hidden_states,), not hidden_states.
+        block_tokens: Tokens worked on at a time; None takes the device's default.
         fallbacks: How often a half ran its own code in a call, by reason.
     """
 
@@ -56,6 +58,7 @@ class LayerRecord:
     strict: bool = False
     debug: bool = False
     returns_tuple: bool = False
+    block_tokens: int | None = None
     fallbacks: Counter[str] = field(default_factory=Counter)
 
 
@@ -91,7 +94,7 @@ def packed_attention(
         _check_state(layer, half)
         if isinstance(spec, str):
             raise Unsupported(spec)
-        call = attention_call(layer, half, spec, record.policy, x_TD, packed, kwargs)
+        call = attention_call(layer, half, spec, record, x_TD, packed, kwargs)
     except Unsupported as reason:
         _count(record, "attention", reason)
         body = layer.get_submodule(half.body)
@@ -109,7 +112,7 @@ def packed_mlp(layer: nn.Module, record: LayerRecord, h_TD: torch.Tensor) -> tor
         _check_state(layer, half)
         if isinstance(spec, str):
             raise Unsupported(spec)
-        call = mlp_call(layer, half, spec, record.policy, h_TD)
+        call = mlp_call(layer, half, spec, record, h_TD)
     except Unsupported as reason:
         _count(record, "mlp", reason)
         body = layer.get_submodule(half.body)
@@ -155,7 +158,7 @@ def attention_call(
     layer: nn.Module,
     half: HalfSpec,
     spec: AttentionSpec,
-    policy: Policy,
+    record: LayerRecord,
     x_TD: torch.Tensor,
     packed: Packed,
     kwargs: dict[str, Any],
@@ -172,13 +175,13 @@ def attention_call(
         n and HeadNorm(_weight(layer, n), n.eps, n.unit_offset) for n in (spec.q_norm, spec.k_norm)
     ]
     return AttentionCall(
-        _half_call(layer, half, policy, x_TD, [*qkv, out]),
+        _half_call(layer, half, record, x_TD, [*qkv, out]),
         spec, qkv, out, norms[0], norms[1], packed, cos, sin,
     )  # fmt: skip
 
 
 def mlp_call(
-    layer: nn.Module, half: HalfSpec, spec: MlpSpec, policy: Policy, h_TD: torch.Tensor
+    layer: nn.Module, half: HalfSpec, spec: MlpSpec, record: LayerRecord, h_TD: torch.Tensor
 ) -> MlpCall:
     """Read everything that one call of the MLP half needs from the live layer.
 
@@ -187,23 +190,24 @@ def mlp_call(
     """
     up = tuple(read_projection(layer.get_submodule(path)) for path in spec.up)
     down = read_projection(layer.get_submodule(spec.down))
-    return MlpCall(_half_call(layer, half, policy, h_TD, [*up, down]), spec, up, down)
+    return MlpCall(_half_call(layer, half, record, h_TD, [*up, down]), spec, up, down)
 
 
 def _half_call(
     layer: nn.Module,
     half: HalfSpec,
-    policy: Policy,
+    record: LayerRecord,
     x_TD: torch.Tensor,
     projections: list[Projection],
 ) -> HalfCall:
+    block = record.block_tokens or BLOCK_TOKENS.get(x_TD.device.type, BLOCK_TOKENS["cuda"])
     return HalfCall(
         live_norm(layer.get_submodule(half.norm.path), half.norm),
         live_norm(layer.get_submodule(half.post_norm.path), half.post_norm) if half.post_norm else None,
         half.multiplier,
         product_dtype(x_TD, projections),
-        CPU_BLOCK if x_TD.device.type == "cpu" else max(1, x_TD.shape[0]),
-        policy,
+        max(1, min(block, x_TD.shape[0])),
+        record.policy if torch.is_grad_enabled() else Policy(),  # nothing comes back: nothing goes
     )  # fmt: skip
 
 

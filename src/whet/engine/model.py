@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from whet.engine import trl
 from whet.engine.head import Head, head_loss, read_head
+from whet.engine.held import HeldWeight
 from whet.engine.layer import LayerRecord, norm, packed_layer
 from whet.engine.projection import Unsupported
 from whet.engine.spec import NormSpec
@@ -121,7 +122,7 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         attention_mask=None, position_ids=packed.positions_T[None], use_cache=False,
         whet_packed=packed,
     )  # fmt: skip
-    with _packed_attention(self):
+    with packed_attention(self):
         output = call_original(self, **kwargs)
     if given is None:
         output["last_hidden_state"] = packed.pad(output.last_hidden_state[0])
@@ -199,8 +200,12 @@ def pack(decoder: nn.Module, state: EngineState, kwargs: dict[str, Any]) -> Pack
 
 
 @contextlib.contextmanager
-def _packed_attention(decoder: nn.Module) -> Iterator[None]:
-    """Name the engine's attention interface in the model's config: no T x T mask is made for it."""
+def packed_attention(decoder: nn.Module) -> Iterator[None]:
+    """Name the engine's attention interface in the model's config: no T x T mask is made for it.
+
+    Args:
+        decoder: Its layers are called inside the body, with `whet_packed`.
+    """
     config: Any = decoder.config
     before = config._attn_implementation
     config._attn_implementation = "whet"
@@ -227,7 +232,7 @@ class LabelledBatch:
     hidden_ND: torch.Tensor
     target_N: torch.Tensor
     target_BL: torch.Tensor
-    weight_VD: torch.Tensor
+    weight_VD: torch.Tensor | HeldWeight
     bias_V: torch.Tensor | None
     hidden_TD: torch.Tensor
     packed: Packed

@@ -8,12 +8,14 @@ Whatever is read here is still checked against the original before it is used (p
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from whet.engine.projection import Unsupported, read_projection
 from whet.kernels.glu import Activation, glu_forward
@@ -229,6 +231,8 @@ def read_norm(module: nn.Module, path: str) -> NormSpec:
     if not known or module._forward_hooks or module._forward_pre_hooks:
         raise Unsupported(f"`{path}` is not a norm the engine knows")
     assert weight is not None and eps is not None
+    if isinstance(weight, FakeTensor):
+        return read_norm(_with_values(module), path)
     bias = getattr(module, "bias", None)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, len(weight), generator=generator).add_(0.5).to(weight.device, weight.dtype)
@@ -242,6 +246,20 @@ def read_norm(module: nn.Module, path: str) -> NormSpec:
             if torch.allclose(ours.float(), answer, rtol=3e-2, atol=3e-2 * answer.abs().max()):
                 return NormSpec(path, eps, centered, unit_offset)
     raise Unsupported(f"`{path}` normalises in a way the engine does not know")
+
+
+def _with_values(norm: nn.Module) -> nn.Module:
+    """Return a norm of which only shapes are known (a plan's) with random values."""
+    made, generator = copy.copy(norm), torch.Generator().manual_seed(0)
+    made._parameters = {
+        name: None
+        if parameter is None
+        else nn.Parameter(
+            torch.rand(parameter.shape, generator=generator).add_(0.5).to(parameter.dtype)
+        )
+        for name, parameter in norm._parameters.items()
+    }
+    return made
 
 
 def read_attention(module: nn.Module, path: str) -> AttentionSpec:

@@ -11,12 +11,13 @@ import contextlib
 import functools
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from whet.engine import model as models
 from whet.engine.head import Head, read_head
@@ -27,6 +28,9 @@ from whet.engine.projection import Unsupported, keep_4bit_weights
 from whet.engine.report import PartReport, SwapReport
 from whet.engine.spec import LayerSpec, read_layer, read_norm
 from whet.errors import WhetError
+
+if TYPE_CHECKING:
+    from whet.engine.parity import Seen
 
 Check = Literal["quick", "full", "off"]
 LAST_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
@@ -43,6 +47,7 @@ class EngineSettings:
         debug: Report the first value that is not finite, with the layer it came from.
         head_rows: Rows of a chunk of logits; None takes the device's default.
         policies: Where saved tensors stay, one for each layer, or one for all.
+        block_tokens: Tokens a layer works on at a time; None takes the device's default.
     """
 
     check: Check = "quick"
@@ -50,14 +55,19 @@ class EngineSettings:
     debug: bool = False
     head_rows: int | None = None
     policies: Policy | tuple[Policy, ...] = Policy()
+    block_tokens: int | None = None
 
 
-def attach(model: Any, settings: EngineSettings | None = None) -> SwapReport:
+def attach(
+    model: Any, settings: EngineSettings | None = None, seen: Seen | str | None = None
+) -> SwapReport:
     """Put the engine into a model.
 
     Args:
         model: A causal language model of transformers, or a peft model around one.
         settings: How; None takes the defaults.
+        seen: What its layers are handed and give back, or the reason why nobody knows; None runs the
+            model once to see.
 
     Returns:
         The report, which `report_of` gives again later.
@@ -71,14 +81,17 @@ def attach(model: Any, settings: EngineSettings | None = None) -> SwapReport:
     base = base_of(model)
     detach(base)
     keep_4bit_weights(base)
-    _register_attention()
+    register_attention()
     decoder = models.decoder_of(base)
     blocks = decoder_layers(decoder)
-    seen = parity.observe(base, blocks) if blocks else None
+    if seen is None and blocks:
+        seen = parity.observe(base, blocks)
+    unseen = seen if isinstance(seen, str) else "the model does not run on plain token ids"
+    seen = None if isinstance(seen, str) else seen
     layers: dict[int, LayerSpec | str] = {}
     for number, block in enumerate(blocks):
-        layers[number] = _read(block) if seen else "the model does not run on plain token ids"
-    head = _read_head(base, seen, settings)
+        layers[number] = _read(block) if seen else unseen
+    head = _read_head(base, seen, settings) if seen else unseen
     state = EngineState(head, debug=settings.debug)
     with contextlib.ExitStack() as undo:
         undo.callback(detach, base)
@@ -138,6 +151,32 @@ def fuses_head(model: Any) -> bool:
     """Tell whether the engine answers a call with labels."""
     state = vars(base_of(model)).get("_whet")
     return state is not None and not state.paused and isinstance(state.head, Head)
+
+
+def takes_packed(model: Any) -> bool:
+    """Tell whether packed documents may be handed to a model: the engine keeps them apart."""
+    state = vars(base_of(model)).get("_whet")
+    return state is not None and not state.paused and state.packs
+
+
+def set_policies(model: Any, policies: Sequence[Policy]) -> None:
+    """Say where the saved tensors of each layer stay from now on.
+
+    Args:
+        model: A model with the engine in it.
+        policies: One for each decoder layer; those of layers that keep their own code are not used.
+    """
+    blocks = decoder_layers(models.decoder_of(base_of(model)))
+    for block, policy in zip(blocks, policies, strict=True):
+        if "_whet" in vars(block):
+            vars(block)["_whet"].policy = policy
+
+
+def current_policies(model: Any) -> tuple[Policy, ...]:
+    """Return where the saved tensors of each layer stay; layers of their own code keep theirs."""
+    blocks = decoder_layers(models.decoder_of(base_of(model)))
+    records = [vars(block).get("_whet") for block in blocks]
+    return tuple(r.policy if isinstance(r, LayerRecord) else Policy() for r in records)
 
 
 def report_of(model: Any) -> SwapReport | None:
@@ -268,6 +307,7 @@ def _put_layer(
         f"layer {number}",
         debug=settings.debug,
         returns_tuple=seen.layers[number].returns_tuple,
+        block_tokens=settings.block_tokens,
     )
     _put(block, models.layer_forward, record)
 
@@ -296,8 +336,6 @@ def _read_head(base: Any, seen: Any, settings: EngineSettings) -> Head | str:
     """Read how logits and loss are made; what the model answered to known tokens must fit."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    if seen is None:
-        return "the model does not run on plain token ids"
     if getattr(base, "loss_function", None) is not ForCausalLMLoss:
         return "a loss of the model's own"
     softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
@@ -306,6 +344,8 @@ def _read_head(base: Any, seen: Any, settings: EngineSettings) -> Head | str:
         read_head(base.get_output_embeddings())
     except (Unsupported, AttributeError) as reason:
         return str(reason)
+    if isinstance(seen.logits, FakeTensor):  # a plan's model has shapes only
+        return head
     with torch.no_grad():
         ours = models.shaped_logits(base, head, seen.hidden).float()
     theirs = seen.logits.float()
@@ -343,7 +383,8 @@ def _report(
     return SwapReport([*parts, *single, PartReport(None, "unpadding", not packing, packing)])
 
 
-def _register_attention() -> None:
+def register_attention() -> None:
+    """Make the engine's attention known to transformers, under the name `whet`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register("whet", attention_interface)

@@ -252,18 +252,13 @@ def engine_settings(config: Config) -> EngineSettings:
     """Return how a config wants the engine.
 
     Args:
-        config: The whole config; `train.gradient_checkpointing` becomes the policy to recompute.
+        config: The whole config. Policies are the plan's and set later; see `plan.policy`.
     """
-    from whet.engine.memory import Policy
     from whet.engine.swap import EngineSettings
 
-    lean = Policy(qkv="recompute", gate_up="recompute")
+    engine = config.engine
     return EngineSettings(
-        config.engine.check,
-        config.engine.strict,
-        config.engine.debug,
-        config.engine.head_rows,
-        lean if config.train.gradient_checkpointing else Policy(),
+        engine.check, engine.strict, engine.debug, engine.head_rows, block_tokens=engine.block_tokens
     )
 
 

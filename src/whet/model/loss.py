@@ -20,7 +20,8 @@ def summed_loss(model: CausalLM, batch: dict[str, torch.Tensor]) -> tuple[torch.
 
     Args:
         model: A causal language model, or a peft or parallel wrapper of one.
-        batch: `input_ids_BT`, `attention_mask_BT` and `labels_BT` (not shifted).
+        batch: `input_ids`, `labels` (not shifted), and `attention_mask` of padded rows or `position_ids`
+            of packed ones; (B, T) each.
 
     Returns:
         The sum in float32 (0 with zero gradients when nothing is labelled), and the number of labels.
@@ -35,12 +36,8 @@ def summed_loss(model: CausalLM, batch: dict[str, torch.Tensor]) -> tuple[torch.
         output = model(**batch, num_items_in_batch=1, use_cache=False, whet_loss_only=True)
         return output.loss, int(keep_BT.sum())
     options: dict[str, Any] = {"logits_to_keep": keep_BT} if _takes_row_mask(model) else {}
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-        **options,
-    ).logits
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs, use_cache=False, **options).logits
     logits_NV = logits if options else logits[keep_BT]
     loss = functional.cross_entropy(logits_NV.float(), target_BT[keep_BT], reduction="sum")
     return loss, int(keep_BT.sum())

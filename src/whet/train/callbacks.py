@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from whet.errors import WhetError
 from whet.runs import RunFolder, writing
 
 if TYPE_CHECKING:
+    from whet.plan.plan import Plan
     from whet.train.trainer import WhetTrainer
 
 
@@ -33,7 +34,14 @@ class Progress:
         learning_rate: Of the next step.
         grad_norm: Before clipping.
         tokens_per_second: Tokens that entered the model, padding left out.
+        labelled_per_second: Tokens that were learned.
+        entered_per_second: Tokens that entered the model, padding included.
+        mfu: Operations of the model over those the device could do (arXiv 2204.02311): by its data sheet,
+            or on a CPU at the rate measured on a large product.
+        hfu: The same with what is computed again in the backward pass.
         memory_bytes: Peak on the GPU, or resident memory of the process on the CPU.
+        planned_bytes: The peak that was planned.
+        seconds_in: Share of the time in data, forward, backward and optimizer, in seconds a step.
         seconds: Since training began.
         eta_seconds: Until training ends, at the mean pace so far.
     """
@@ -44,7 +52,13 @@ class Progress:
     learning_rate: float
     grad_norm: float
     tokens_per_second: float
+    labelled_per_second: float
+    entered_per_second: float
+    mfu: float
+    hfu: float
     memory_bytes: int
+    planned_bytes: int
+    seconds_in: dict[str, float]
     seconds: float
     eta_seconds: float
 
@@ -55,13 +69,15 @@ class Metrics(TrainerCallback):
     Args:
         run: The run's folder.
         show: Called with each Progress; may be None.
+        plan: Tells the planned peak and what the device can do.
     """
 
-    def __init__(self, run: RunFolder, show: Callable[[Progress], None] | None) -> None:
-        self.run, self.show = run, show
+    def __init__(self, run: RunFolder, show: Callable[[Progress], None] | None, plan: Plan) -> None:
+        self.run, self.show, self.plan = run, show, plan
         self.trainer: WhetTrainer | None = None
         self._start = self._last = 0.0
-        self._first_step = self._tokens = 0
+        self._first_step = self._last_step = 0
+        self._stepping = ExitStack()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -69,7 +85,21 @@ class Metrics(TrainerCallback):
         """Start the clocks."""
         assert self.trainer is not None
         self._start = self._last = time.perf_counter()
-        self._first_step, self._tokens = state.global_step, self.trainer.tokens_seen
+        self._first_step = self._last_step = state.global_step
+        self.trainer.meter.forget()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start the clock of the optimizer."""
+        assert self.trainer is not None
+        self._stepping.enter_context(self.trainer.meter.phase("optimizer"))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Stop the clock of the optimizer."""
+        self._stepping.close()
 
     def on_log(
         self,
@@ -82,7 +112,7 @@ class Metrics(TrainerCallback):
         """Write one line."""
         logs = logs or {}
         if "eval_loss" in logs:
-            self._write({"step": state.global_step, "heldout_loss": logs["eval_loss"]})
+            self.write({"step": state.global_step, "heldout_loss": logs["eval_loss"]})
         if "loss" not in logs:
             return
         if not math.isfinite(logs["loss"]):
@@ -91,22 +121,8 @@ class Metrics(TrainerCallback):
                 logs["loss"],
                 "lower train.learning_rate or raise train.warmup_steps, and start anew",
             )
-        assert self.trainer is not None
-        now, tokens = time.perf_counter(), self.trainer.tokens_seen
-        done = state.global_step - self._first_step
-        progress = Progress(
-            step=state.global_step,
-            num_steps=state.max_steps,
-            loss=logs["loss"],
-            learning_rate=logs["learning_rate"],
-            grad_norm=logs.get("grad_norm", 0.0),
-            tokens_per_second=(tokens - self._tokens) / (now - self._last),
-            memory_bytes=peak_memory_bytes(),
-            seconds=now - self._start,
-            eta_seconds=(now - self._start) / done * (state.max_steps - state.global_step),
-        )
-        self._last, self._tokens = now, tokens
-        self._write(
+        progress = self._progress(state, logs)
+        self.write(
             {
                 "step": progress.step,
                 "epoch": logs["epoch"],
@@ -114,15 +130,48 @@ class Metrics(TrainerCallback):
                 "learning_rate": progress.learning_rate,
                 "grad_norm": progress.grad_norm,
                 "tokens_per_second": progress.tokens_per_second,
-                "tokens_seen": tokens,
+                "labelled_per_second": progress.labelled_per_second,
+                "entered_per_second": progress.entered_per_second,
+                "mfu": progress.mfu,
+                "hfu": progress.hfu,
+                "tokens_seen": self.trainer.tokens_seen,  # type: ignore[union-attr]
                 "memory_bytes": progress.memory_bytes,
+                "planned_bytes": progress.planned_bytes,
+                "seconds_in": progress.seconds_in,
                 "seconds": progress.seconds,
             }
         )
         if self.show:
             self.show(progress)
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _progress(self, state: TrainerState, logs: dict[str, float]) -> Progress:
+        """Read the clocks and counters since the last log step."""
+        assert self.trainer is not None
+        now, steps = time.perf_counter(), state.global_step - self._last_step
+        counts, phases = self.trainer.meter.take()
+        passed, done = now - self._last, state.global_step - self._first_step
+        self._last, self._last_step = now, state.global_step
+        possible = self.plan.target.speed.flops * passed
+        return Progress(
+            step=state.global_step,
+            num_steps=state.max_steps,
+            loss=logs["loss"],
+            learning_rate=logs["learning_rate"],
+            grad_norm=logs.get("grad_norm", 0.0),
+            tokens_per_second=counts["tokens"] / passed,
+            labelled_per_second=counts["labelled_tokens"] / passed,
+            entered_per_second=counts["entered_tokens"] / passed,
+            mfu=counts["model_flops"] / possible,
+            hfu=counts["hardware_flops"] / possible,
+            memory_bytes=peak_memory_bytes(),
+            planned_bytes=self.plan.choice.peak_bytes,
+            seconds_in={name: seconds / steps for name, seconds in phases.items()},
+            seconds=now - self._start,
+            eta_seconds=(now - self._start) / done * (state.max_steps - state.global_step),
+        )
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
         with (
             writing(self.run.metrics_file),
             open(self.run.metrics_file, "a", encoding="utf-8") as f,

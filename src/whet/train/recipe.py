@@ -6,17 +6,17 @@ in a Listener and show what it hears; this module prints nothing.
 
 from __future__ import annotations
 
-import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 from whet.config import Config
 from whet.data.report import PreparedData, prepare
 from whet.data.template import set_chat_template
-from whet.engine.swap import detach, met
+from whet.engine.swap import detach, met, set_policies, takes_packed
 from whet.engine.verify import compare_pass
 from whet.errors import Interrupted, WhetError
 from whet.evaluate import Sample, Scores, evaluate
@@ -30,41 +30,14 @@ from whet.model.load import (
     max_length,
 )
 from whet.model.lora import check_parameters, count_parameters, prepare_parameters
+from whet.plan.plan import Plan
 from whet.runs import RunFolder, require_free, resume_run, start_run, whole_folder, write_text
-from whet.train.callbacks import Metrics, Progress, StopAtSignal, peak_memory_bytes
+from whet.train.arguments import check_optimizer
+from whet.train.callbacks import Metrics, StopAtSignal, peak_memory_bytes
+from whet.train.listen import Listener, LogListener
+from whet.train.planning import ease, plan_run, probe_run, tell_event
 from whet.train.plot import plot_loss
-from whet.train.trainer import WhetTrainer, check_optimizer
-
-logger = logging.getLogger(__name__)
-
-
-class Listener(Protocol):
-    """What a front end hears of a run."""
-
-    def stage(self, text: str) -> None:
-        """A part of the work begins that takes a while."""
-
-    def note(self, text: str) -> None:
-        """Something a person should know."""
-
-    def progress(self, progress: Progress) -> None:
-        """Training went one log step further."""
-
-
-class LogListener:
-    """The Listener of a run without a front end: everything goes to `logging`."""
-
-    def stage(self, text: str) -> None:
-        """Log a stage."""
-        logger.info("%s", text)
-
-    def note(self, text: str) -> None:
-        """Log a note."""
-        logger.warning("%s", text)
-
-    def progress(self, progress: Progress) -> None:
-        """Log a step."""
-        logger.info("step %d/%d loss %.4f", progress.step, progress.num_steps, progress.loss)
+from whet.train.trainer import StepSettings, WhetTrainer
 
 
 def fit(config: Config, resume: bool = False, listener: Listener | None = None) -> RunFolder:
@@ -93,6 +66,7 @@ def fit(config: Config, resume: bool = False, listener: Listener | None = None) 
     template = set_chat_template(tokenizer, config.model.chat_template)
     data = prepare(config.data, tokenizer, limit, template)
     _tell_data(data, listener)
+    plan = plan_run(config, data, limit, listener)
 
     if resume:
         run, checkpoint = resume_run(config, data.report.sha256)
@@ -105,7 +79,7 @@ def fit(config: Config, resume: bool = False, listener: Listener | None = None) 
         _write_report_head(run, config, data)
         model = _load(config, listener)
         base_samples = _measure_base(run, config, model, tokenizer, data, listener)
-        model = _train(run, config, model, tokenizer, data, checkpoint, listener)
+        model = _train(run, config, model, tokenizer, data, plan, checkpoint, listener)
         if data.heldout:
             listener.stage("measuring the tuned model")
             tuned, samples = evaluate(model, tokenizer, data, config.eval)
@@ -169,6 +143,7 @@ def _train(
     model: CausalLM,
     tokenizer: Tokenizer,
     data: PreparedData,
+    plan: Plan,
     checkpoint: Path | None,
     listener: Listener,
 ) -> CausalLM:
@@ -179,10 +154,11 @@ def _train(
     trainable, total = count_parameters(tuned)
     listener.note(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     _put_engine(run, config, tuned, data, listener)
+    set_policies(tuned, plan.choice.policies)
     # Weights and two AdamW moments, each in float32 at most, in every checkpoint and one more aside.
     num_bytes = 12 * trainable * (config.train.keep_checkpoints + 1)
     require_free(run.path, num_bytes, "keeping the checkpoints")
-    metrics, stop = Metrics(run, listener.progress), StopAtSignal()
+    metrics, stop = Metrics(run, listener.progress, plan), StopAtSignal()
     with TemporaryDirectory() as start:
         if config.lora.init == "pissa" and config.train.parameters == "lora":
             _keep_pissa_start(tuned, start)
@@ -194,8 +170,21 @@ def _train(
             data.train,
             data.heldout,
             [metrics, stop],
+            StepSettings(
+                replace(
+                    plan.packing,
+                    padded=not (config.pack.enabled and takes_packed(tuned)),
+                    buckets=config.pack.buckets == "on",
+                ),
+                plan.flops_of,
+                partial(ease, tuned, plan),
+                partial(tell_event, metrics, listener),
+                checkpoints=any("recompute" in (p.qkv, p.gate_up) for p in plan.choice.policies),
+            ),
         )
         metrics.trainer = trainer
+        if checkpoint is None:
+            probe_run(run, config, tuned, data, plan, trainer, metrics, listener)
         listener.stage("training")
         if checkpoint is not None:
             run.forget_metrics_after(int(checkpoint.name.removeprefix("step-")))

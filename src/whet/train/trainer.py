@@ -1,30 +1,42 @@
 """whet's subclass of transformers.Trainer.
 
-It changes four things and leaves the loop alone: the loss is summed over labelled tokens only and
-divided by the labels of the whole optimizer step; rows of one step are sorted by length before they
-are cut into passes, so that little padding enters the model; the order of an epoch depends on the
-seed and the epoch alone, so that a resumed run sees the rows it would have seen; and a checkpoint is
-written whole or not at all.
+It changes four things and leaves the loop alone: a batch of its loader is one whole optimizer step,
+which is cut into packed passes here, and the loss is summed over labelled tokens only and divided by
+the labels of the whole step; memory that runs out in a pass makes the passes smaller and the step is
+run again; the order of an epoch depends on the seed and the epoch alone, so that a resumed run sees
+the rows it would have seen; and a checkpoint is written whole or not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import Dataset, Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from whet.config import Config
-from whet.data.tokenize import Tokens, collate
-from whet.errors import InputError, did_you_mean
+from whet.data.packing import Packing, StepSampler
+from whet.data.tokenize import Tokens
+from whet.errors import WhetError
 from whet.model import CausalLM, Tokenizer
 from whet.model.loss import summed_loss
 from whet.runs import RunFolder, whole_folder
+from whet.train.arguments import training_arguments
+from whet.train.meter import Meter
+from whet.train.survive import (
+    RandomState,
+    free_memory,
+    is_out_of_memory,
+    step_again_when_out_of_memory_,
+)
+
+Measured = TypeVar("Measured")
 
 
 class TokenDataset(Dataset[Tokens]):
@@ -40,37 +52,29 @@ class TokenDataset(Dataset[Tokens]):
         return self.rows[index]
 
 
-class StepSampler(Sampler[int]):
-    """A seeded permutation for each epoch; inside one optimizer step, short rows come first.
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """How a trainer makes a step.
 
     Args:
-        lengths: Tokens of each row.
-        batch_size: Rows in one optimizer step.
-        seed: Seed of the run.
+        packing: How a step becomes passes, as planned.
+        flops: Returns the operations of a pass over examples of given lengths with so many labels: the
+            model's, and with what is computed again.
+        ease: Makes the model keep less between forward and backward; returns how, or None when it
+            keeps the least already.
+        tell: Called with what happened, for metrics.jsonl, and a sentence for people.
+        checkpoints: Recompute layers that keep their own code, as transformers does.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation; accelerate calls this before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        # Seeds of neighbouring runs and epochs must not meet: seed 1, epoch 1 is not seed 2, epoch 0.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        for start in range(0, len(order), self.batch_size):
-            step = order[start : start + self.batch_size]
-            yield from sorted(step, key=lambda row: self.lengths[row])
+    packing: Packing
+    flops: Callable[[Sequence[int], int], tuple[float, float]] = lambda lengths, labels: (0.0, 0.0)
+    ease: Callable[[], str | None] = lambda: None
+    tell: Callable[[dict[str, Any], str], None] = lambda event, text: None
+    checkpoints: bool = False
 
 
 class WhetTrainer(Trainer):
-    """transformers.Trainer with whet's loss, order of rows and checkpoints.
+    """transformers.Trainer with whet's steps, loss, order of rows and checkpoints.
 
     Args:
         model: The model to train, frozen and adapted already.
@@ -80,6 +84,7 @@ class WhetTrainer(Trainer):
         train: Tokenised training rows.
         heldout: Tokenised held-out rows, for `eval.steps`.
         callbacks: The Trainer's callbacks.
+        settings: How it makes a step.
     """
 
     def __init__(
@@ -91,29 +96,210 @@ class WhetTrainer(Trainer):
         train: Sequence[Tokens],
         heldout: Sequence[Tokens],
         callbacks: list[TrainerCallback],
+        settings: StepSettings,
     ) -> None:
-        self.whet_config, self.run_folder = config, run
+        self.whet_config, self.run_folder, self.settings = config, run, settings
+        self.packing = settings.packing  # smaller after memory ran out
         self.tokens_seen = 0
+        self.times_eased = 0
+        self.at = (0, "forward")  # the pass of the step that is being computed, and its phase
         super().__init__(
             model=model,
-            args=training_arguments(config, run, checkpoints=_needs_checkpointing(model, config)),
+            args=training_arguments(
+                config, run, checkpoints=settings.checkpoints and _has_own_code(model)
+            ),
             train_dataset=TokenDataset(train),
             eval_dataset=TokenDataset(heldout) if heldout else None,
             processing_class=tokenizer,
-            data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id or 0),
+            data_collator=list,
             callbacks=callbacks,
         )
+        self.meter = Meter(self.args.device)
         self.remove_callback(PrinterCallback)  # the front end shows the progress
         # compute_loss below shifts the labels itself, and divides by those of the whole step.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        del train_dataset
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return a loader whose batches are the rows of whole optimizer steps."""
         assert isinstance(self.train_dataset, TokenDataset)
         train = self.whet_config.train
         lengths = [len(tokens.input_ids) for tokens in self.train_dataset.rows]
-        return StepSampler(lengths, train.batch_size, train.seed)
+        sampler = StepSampler(lengths, train.batch_size, train.seed, train.batch_tokens)
+        loader = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=list)
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Make the optimizer, which steps again when memory runs out before it changed anything."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh:
+            step_again_when_out_of_memory_(optimizer, self._tell_of_the_optimizer)
+        return optimizer
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetch the rows of a step, timed."""
+        with self.meter.phase("data"):
+            return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run the passes of one optimizer step, smaller ones when memory runs out.
+
+        Args:
+            model: The model, or a parallel wrapper of it.
+            inputs: The rows of the step.
+            num_items_in_batch: Not used; the labels of all rows are counted here.
+
+        Returns:
+            The step's mean loss over labelled tokens.
+
+        Raises:
+            WhetError: One example alone does not fit.
+        """
+        del num_items_in_batch
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
+            self.optimizer.train()
+        rows: list[Tokens] = list(inputs)
+        num_items = self._count_items(rows)
+        state = RandomState.take()
+        while True:
+            passes = self.packing.passes(rows)
+            try:
+                loss = self._run_passes(model, passes, num_items)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).strip().split("\n")[0]
+            # Outside of the handler, whose traceback holds the tensors of the failed pass.
+            model.zero_grad()
+            free_memory()
+            self._make_room(passes, reason)
+            state.restore()
+        for group in passes:
+            self._count(group)
+        self.tokens_seen += sum(len(tokens.input_ids) for tokens in rows)
+        return loss
+
+    def try_passes(self, rows: list[Tokens], measure: Callable[..., Measured]) -> Measured | None:
+        """Run one pass of given rows for somebody who measures it; smaller when memory runs out.
+
+        Args:
+            rows: The rows of the pass.
+            measure: Called with rows and a function that runs a pass of them.
+
+        Returns:
+            What was measured; None when the pass had to be made smaller.
+
+        Raises:
+            WhetError: One example alone does not fit.
+        """
+
+        def run_pass(group: Sequence[Tokens]) -> None:
+            batch = self._prepare_inputs(self.packing.batch(group, self._pad))
+            self._run_pass(self.model, batch, torch.ones((), device=self.args.device), 0)
+
+        try:
+            return measure(rows, run_pass)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).strip().split("\n")[0]
+        self.model.zero_grad()  # type: ignore[union-attr]
+        free_memory()
+        self._make_room([rows], reason)
+        return None
+
+    @property
+    def _pad(self) -> int:
+        return self.processing_class.pad_token_id or 0  # type: ignore[union-attr]
+
+    def _count_items(self, rows: Sequence[Tokens]) -> torch.Tensor:
+        """Count the labels of the step over all processes; 1 when there is none."""
+        num = torch.tensor(sum(tokens.num_labels for tokens in rows), device=self.args.device)
+        if self.accelerator.num_processes > 1:
+            num = self.accelerator.gather(num).sum()
+        return num.clamp(min=1)
+
+    def _run_passes(
+        self, model: Any, passes: list[list[Tokens]], num_items: torch.Tensor
+    ) -> torch.Tensor:
+        total = torch.zeros((), device=self.args.device)
+        for number, group in enumerate(passes):
+            with self.meter.phase("data"):
+                batch = self._prepare_inputs(self.packing.batch(group, self._pad))
+            # Gradients of all processes meet in the last pass only.
+            last = number == len(passes) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                total += self._run_pass(model, batch, num_items, number)
+        return total
+
+    def _run_pass(
+        self, model: Any, batch: dict[str, torch.Tensor], num_items: torch.Tensor, number: int
+    ) -> torch.Tensor:
+        """Run one pass forward and backward; return its part of the loss."""
+        self.at = (number, "forward")
+        with self.meter.phase("forward"), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, batch, num_items_in_batch=num_items)
+        self.at = (number, "backward")
+        options: dict[str, Any] = {}
+        if self.args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
+            options["learning_rate"] = self._get_learning_rate()  # it steps in the backward pass
+        with self.meter.phase("backward"):
+            self.accelerator.backward(loss, **options)
+        return loss.detach()
+
+    def _count(self, group: Sequence[Tokens]) -> None:
+        lengths = [len(tokens.input_ids) for tokens in group]
+        labels = sum(tokens.num_labels for tokens in group)
+        model_flops, hardware_flops = self.settings.flops(lengths, labels)
+        self.meter.add(
+            tokens=sum(lengths),
+            entered_tokens=self.packing.num_entered(group),
+            labelled_tokens=labels,
+            model_flops=model_flops,
+            hardware_flops=hardware_flops,
+            passes=1,
+        )
+
+    def _make_room(self, passes: list[list[Tokens]], reason: str) -> None:
+        """Make the passes smaller, or else the model keep less, and tell it.
+
+        Raises:
+            WhetError: The pass that failed is one example, and the model keeps the least already.
+        """
+        number, phase = self.at
+        failed = passes[number]
+        largest = max(self.packing.num_entered(group) for group in passes)
+        step = self.state.global_step + 1
+        event: dict[str, Any] = {
+            "step": step, "event": "out_of_memory", "phase": phase, "pass": number + 1,
+            "passes": len(passes), "tokens": self.packing.num_entered(failed), "reason": reason,
+        }  # fmt: skip
+        text = f"memory ran out in step {step}, pass {number + 1} of {len(passes)}, {phase}: "
+        if len(failed) > 1:
+            self.packing = replace(self.packing, tokens_per_pass=max(1, largest // 2))
+            event["tokens_per_pass"] = self.packing.tokens_per_pass
+            text += f"the step runs again in passes of {self.packing.tokens_per_pass:,} tokens"
+        elif eased := self.settings.ease():
+            self.times_eased += 1
+            event["policy"] = eased
+            text += f"the step runs again with saved tensors {eased}"
+        else:
+            raise WhetError(
+                f"one example alone does not fit into the memory: {failed[0].where}",
+                f"{len(failed[0].input_ids):,} tokens; {reason}",
+                "lower model.max_length below that, or set model.load_in_4bit: true, "
+                "plan.embeddings: cpu or train.optimizer: adamw_8bit; then go on with --resume",
+            )
+        self.settings.tell(event, text)
+
+    def _tell_of_the_optimizer(self, text: str) -> None:
+        step = self.state.global_step + 1
+        self.settings.tell({"step": step, "event": "out_of_memory", "phase": "optimizer"}, text)
 
     def compute_loss(
         self,
@@ -124,12 +310,14 @@ class WhetTrainer(Trainer):
     ) -> Any:
         """Return this pass's part of the step's mean loss over labelled tokens."""
         loss, num_labels = summed_loss(model, inputs)
-        if model.training:
-            self.tokens_seen += int(inputs["attention_mask"].sum())
         loss = loss / (max(1, num_labels) if num_items_in_batch is None else num_items_in_batch)
         # Each process divides by the labels of all, and DDP takes the mean over processes.
         loss = loss * (1 if num_items_in_batch is None else self.accelerator.num_processes)
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return nothing: the meter counts, and better than transformers' 6 N."""
+        return 0
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the held-out loss, weighted by tokens, and log it."""
@@ -154,7 +342,12 @@ class WhetTrainer(Trainer):
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
-            torch.save({"tokens_seen": self.tokens_seen}, folder / "whet_state.pt")
+            state = {
+                "tokens_seen": self.tokens_seen,
+                "tokens_per_pass": self.packing.tokens_per_pass,
+                "times_eased": self.times_eased,
+            }
+            torch.save(state, folder / "whet_state.pt")
             self.state.save_to_json(str(folder / "trainer_state.json"))
         for old in self.run_folder.checkpoints()[: -self.whet_config.train.keep_checkpoints]:
             shutil.rmtree(old)
@@ -163,85 +356,16 @@ class WhetTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         state = torch.load(Path(resume_from_checkpoint) / "whet_state.pt", weights_only=True)
         self.tokens_seen = state["tokens_seen"]
+        # The passes are those of the run so far: another cut would round otherwise.
+        self.packing = replace(self.packing, tokens_per_pass=state["tokens_per_pass"])
+        for _ in range(state["times_eased"]):
+            self.settings.ease()
+            self.times_eased += 1
 
 
-def _checkpointing(on: bool) -> dict[str, Any]:
-    """Turn gradient checkpointing on under the name that this transformers has for it."""
-    new = "activation_checkpointing"
-    return {new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing": on}
-
-
-def check_optimizer(name: str) -> None:
-    """Check an optimizer's name against transformers' list.
-
-    Raises:
-        InputError: It is not there.
-    """
-    known = [str(optimizer.value) for optimizer in OptimizerNames]
-    if name not in known:
-        guess = did_you_mean(name, known)
-        raise InputError(
-            f"train.optimizer '{name}' is not one that transformers knows",
-            fix=f"did you mean '{guess}'?" if guess else f"use one of {', '.join(known)}",
-        )
-
-
-def _needs_checkpointing(model: CausalLM, config: Config) -> bool:
-    """Tell whether transformers must recompute layers; fused ones recompute by themselves, and less."""
+def _has_own_code(model: CausalLM) -> bool:
+    """Tell whether any layer is transformers' own; fused ones recompute by themselves, and less."""
     from whet.engine.swap import report_of
 
     report = report_of(model)
-    fused = report is not None and report.layers_fused == report.layers_total
-    return config.train.gradient_checkpointing and not fused
-
-
-def training_arguments(config: Config, run: RunFolder, checkpoints: bool) -> TrainingArguments:
-    """Translate the config into transformers' arguments.
-
-    Args:
-        config: The run's config.
-        run: The run's folder.
-        checkpoints: Turn on transformers' gradient checkpointing.
-    """
-    from whet.model.load import choose_dtype, device
-
-    train = config.train
-    on_cuda = device().type == "cuda"
-    dtype, _ = choose_dtype(config.model.dtype, train.parameters != "lora")
-    bf16 = dtype is torch.float32 and train.parameters != "lora" and config.model.dtype is None
-    arguments = TrainingArguments(
-        output_dir=str(run.checkpoints_dir),
-        per_device_train_batch_size=config.examples_per_pass,
-        gradient_accumulation_steps=train.batch_size // config.examples_per_pass,
-        num_train_epochs=train.epochs,
-        max_steps=train.max_steps or -1,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type="constant_with_warmup"
-        if train.schedule == "constant"
-        else train.schedule,
-        warmup_steps=train.warmup_steps,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        optim=train.optimizer,
-        **_checkpointing(checkpoints),
-        seed=train.seed,
-        # Float32 weights that are trained themselves are multiplied in bfloat16 where a GPU has it.
-        bf16=bf16 and on_cuda and torch.cuda.is_bf16_supported(including_emulation=False),
-        # Float16 gradients underflow without loss scaling, which comes with the mixed precision.
-        fp16=dtype is torch.float16 and on_cuda,
-        use_cpu=not on_cuda,
-        dataloader_pin_memory=on_cuda,
-        logging_steps=train.log_steps,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=train.checkpoint_steps or 10**9,
-        eval_strategy="steps" if config.eval.steps else "no",
-        eval_steps=config.eval.steps,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        disable_tqdm=True,
-        report_to=[],
-    )
-    # One process drives one GPU. Left alone, transformers puts DataParallel over all it sees.
-    arguments._n_gpu = min(1, arguments.n_gpu)
-    return arguments
+    return report is None or report.layers_fused < report.layers_total

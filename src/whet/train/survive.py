@@ -1,0 +1,108 @@
+"""What a run does when memory runs out: recognise it, free what can be freed, and step again.
+
+The pass that failed is cut smaller by the trainer (`WhetTrainer.training_step`); here is what that needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from whet.engine.memory import release_workspaces
+from whet.engine.offload import release_offload_buffers
+from whet.errors import WhetError
+
+# How allocators other than torch's CUDA one say it, in a RuntimeError.
+_SIGNS = (
+    "can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "alloc_failed",
+    "cannot allocate memory",
+)  # fmt: skip
+MOST_TRIES = 3
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception says that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+
+
+def free_memory() -> None:
+    """Give back what is only held for later: garbage, the engine's buffers, CUDA's cached blocks."""
+    gc.collect()
+    release_workspaces()
+    release_offload_buffers()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, slots=True)
+class RandomState:
+    """The state of torch's random generators, on the CPU and on every GPU."""
+
+    cpu: torch.Tensor
+    cuda: list[torch.Tensor]
+
+    @classmethod
+    def take(cls) -> RandomState:
+        """Remember the state."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return cls(torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Set the generators back to it."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+def step_again_when_out_of_memory_(
+    optimizer: torch.optim.Optimizer, tell: Callable[[str], None]
+) -> None:
+    """Have an optimizer's step try again after memory ran out, while nothing was changed yet.
+
+    The first step makes the moments, after all passes: the likeliest place for an optimizer to run
+    out. torch counts writes to a tensor (`_version`), so a step that failed before it wrote is known.
+
+    Args:
+        optimizer: Its `step` is replaced, on this instance.
+        tell: Called with a sentence for each time.
+    """
+    step: Any = optimizer.step
+
+    @functools.wraps(step.__func__)
+    def patient_step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        for left in reversed(range(MOST_TRIES)):
+            before = _versions(self)
+            try:
+                return step(*args, **kwargs)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                now = _versions(self)
+                if not left or any(now[key] != version for key, version in before.items()):
+                    raise WhetError(
+                        "memory ran out in the optimizer's step",
+                        str(error).split("\n")[0],
+                        "set train.optimizer: adamw_8bit, or train fewer parameters; then go on "
+                        "with --resume from the last checkpoint",
+                    ) from error
+            free_memory()
+            tell("memory ran out in the optimizer's step; freed what could be, and stepping again")
+        raise AssertionError("unreachable")
+
+    optimizer.step = types.MethodType(patient_step, optimizer)
+
+
+def _versions(optimizer: torch.optim.Optimizer) -> dict[int, int]:
+    """Return how often each parameter and each tensor of the optimizer's state was written."""
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    for state in optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return {id(tensor): tensor._version for tensor in tensors}
