@@ -13,8 +13,9 @@ from tests.engine.families import (
     packed_batch,
     true_gradients,
 )
-from whet.engine import swap
+from whet.engine import held, swap
 from whet.engine.head import EXTRAS, Head, head_loss, read_head, token_log_probs
+from whet.engine.held import EightBitWeight, HostWeight
 from whet.engine.parity import judge
 from whet.engine.projection import Unsupported
 
@@ -246,6 +247,73 @@ def test_a_weight_of_another_type_is_what_products_are_made_in():
     half = head_loss(hidden, weight.bfloat16(), None, target, Head())
     same = head_loss(hidden.bfloat16(), weight.bfloat16(), None, target, Head())
     assert torch.equal(half, same)
+
+
+def hold(weight):
+    """A weight in 8 bit and the dense weight of the same values."""
+    weight = EightBitWeight(weight)
+    every = torch.arange(VOCAB)
+    return weight, weight.look_up(every, weight.dtype, every.device)
+
+
+@heads
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trained", [(), ("bias",)], ids=str)
+def test_a_weight_in_tiles_gives_the_loss_of_the_dense_one(head, dtype, trained, monkeypatch):
+    monkeypatch.setattr(held, "TILE_ROWS", 64)
+    hidden, weight, bias, target = make(dtype)
+    eight, dense = hold(weight)
+
+    def ours(hidden, _, bias, target, head):
+        return head_loss(hidden, eight, bias, target, head)
+
+    inputs = hidden, dense, bias, target
+    found = results(ours, dtype, inputs, head, trained)
+    original = results(plain_loss, dtype, inputs, head, trained)
+    truth = results(plain_loss, torch.float64, inputs, head, trained)
+    if dtype == torch.bfloat16:
+        loss = truth.pop("loss")
+        assert (found["loss"] - loss).abs() <= 2**-8 * loss
+    kind = judge_norm if dtype == torch.bfloat16 else judge
+    assert found.keys() >= truth.keys()
+    assert not [n for n in truth if not kind(n, found[n], original[n], truth[n]).passed]
+
+
+@pytest.mark.parametrize("extras", [(), EXTRAS], ids=str)
+@pytest.mark.parametrize("trained", [(), ("bias",)], ids=str)
+@pytest.mark.parametrize("head", [HEADS["plain"], Head(3.0, 1.7, 0.0, 7)], ids=["plain", "all"])
+def test_a_weight_in_tiles_gives_the_log_probs_of_the_dense_one(head, extras, trained, monkeypatch):
+    monkeypatch.setattr(held, "TILE_ROWS", 64)
+    hidden, weight, bias, target = make()
+    eight, dense = hold(weight)
+
+    def ours(hidden, _, bias, target, head):
+        return weighed(token_log_probs(hidden, eight, bias, target, head, extras), extras)
+
+    def plain(hidden, weight, bias, target, head):
+        return weighed(describe(hidden, weight, bias, target, head), extras)
+
+    programs = ((ours, torch.float32), (plain, torch.float32), (plain, torch.float64))
+    inputs = hidden, dense, bias, target
+    found = [results(f, dtype, inputs, head, trained, 1.0) for f, dtype in programs]
+    for name in found[2]:
+        assert judge(name, *(one[name] for one in found)).passed, name
+
+
+def test_under_autocast_a_weight_in_host_memory_is_cast_tile_by_tile(monkeypatch):
+    hidden, weight, _, target = make()
+    found = []
+    for given in (weight, HostWeight(weight)):
+        monkeypatch.setattr(held, "TILE_ROWS", 64)
+        leaf = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = head_loss(leaf, given, None, target, Head())
+        loss.backward()
+        assert leaf.grad.dtype == torch.float32
+        found.append((loss.detach(), leaf.grad))
+    exact = results(plain_loss, torch.float64, (hidden, weight, None, target), Head(), (), 1)
+    for name, (original, ours) in zip(exact, zip(*found, strict=True), strict=True):
+        assert judge_norm(name, ours[None], original[None], exact[name][None]).passed, name
 
 
 def test_a_head_that_is_no_plain_linear_layer_is_refused_with_its_reason():

@@ -3,7 +3,8 @@
 Each chunk's logits are made, turned into their own gradient in place, and multiplied back to the
 hidden states at once, so that one chunk of logits is all that ever exists (arXiv 2411.09009 has the
 idea; here the products stay with cuBLAS and oneDNN). The gradient is made for each row's loss as it
-is, unscaled, and multiplied by what autograd brings later: nothing underflows in float16.
+is, unscaled, and multiplied by what autograd brings later: nothing underflows in float16. A weight in
+8 bit or in host memory (`held.py`) comes tile by tile, for each chunk once there and once back.
 
 Shapes: N labelled rows, D model width, V vocabulary, C rows of a chunk.
 """
@@ -18,9 +19,11 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from whet.engine.embeddings import HeldHead
 from whet.engine.group import Gradients
+from whet.engine.held import HeldWeight, Tile, multiply, multiply_back
 from whet.engine.memory import workspace
-from whet.engine.projection import Unsupported, read_projection
+from whet.engine.projection import Unsupported, check_own_forward, read_projection
 from whet.kernels.cross_entropy import cross_entropy_
 from whet.kernels.nf4 import NF4Weight
 
@@ -59,8 +62,8 @@ class Head:
         return -(-len(hidden_ND) // rows)
 
 
-def read_head(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a live head's weight (V, D) and bias.
+def read_head(module: nn.Module) -> tuple[torch.Tensor | HeldWeight, torch.Tensor | None]:
+    """Return a live head's weight (V, D), which may be held in 8 bit or in host memory, and bias.
 
     Args:
         module: The output embeddings.
@@ -74,6 +77,9 @@ def read_head(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
             module = module.original_module  # type: ignore[assignment]
         else:
             module = module.modules_to_save[active[0]]  # type: ignore[index]
+    if isinstance(module, HeldHead):
+        check_own_forward(module)
+        return module.held, module.bias
     projection = read_projection(module)
     if projection.adapter is not None:
         raise Unsupported("an adapter on the head")
@@ -84,7 +90,7 @@ def read_head(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def head_loss(
     hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
+    weight_VD: torch.Tensor | HeldWeight,
     bias_V: torch.Tensor | None,
     target_N: torch.Tensor,
     head: Head,
@@ -93,7 +99,7 @@ def head_loss(
 
     Args:
         hidden_ND: Hidden states of the labelled rows, after the last norm.
-        weight_VD: Weight of the head.
+        weight_VD: Weight of the head, as `read_head` gives it.
         bias_V: Its bias, or None.
         target_N: int64 classes; -100 rows count nothing.
         head: Soft cap, scale, smoothing, chunk.
@@ -104,7 +110,7 @@ def head_loss(
 
 def token_log_probs(
     hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
+    weight_VD: torch.Tensor | HeldWeight,
     bias_V: torch.Tensor | None,
     target_N: torch.Tensor,
     head: Head,
@@ -114,7 +120,7 @@ def token_log_probs(
 
     Args:
         hidden_ND: Hidden states of the labelled rows.
-        weight_VD: Weight of the head.
+        weight_VD: Weight of the head, as `read_head` gives it.
         bias_V: Its bias, or None.
         target_N: int64 classes.
         head: Soft cap, scale (1 / temperature belongs there too) and chunk.
@@ -128,30 +134,56 @@ def token_log_probs(
     return dict(zip(("log_probs", *extras), results, strict=True))  # type: ignore[arg-type]
 
 
-def _product_dtype(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> torch.dtype:
+def _product_dtype(hidden_ND: torch.Tensor, weight_VD: torch.Tensor | HeldWeight) -> torch.dtype:
     kind = hidden_ND.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    # A held weight is made for its reader, in the reader's dtype.
+    return weight_VD.dtype if isinstance(weight_VD, torch.Tensor) else hidden_ND.dtype
+
+
+class _Tiles:
+    """The weight in the dtype of the products, to go through as often as there are products.
+
+    A dense weight is one tile.
+    """
+
+    def __init__(self, weight_VD: torch.Tensor | HeldWeight, like: torch.Tensor) -> None:
+        self.num_classes = weight_VD.shape[0]
+        self._weight, self._like = weight_VD, like
+        if isinstance(weight_VD, torch.Tensor):
+            self._weight = _cast(weight_VD, like.dtype)
+
+    def __iter__(self) -> Iterator[Tile]:
+        if isinstance(self._weight, torch.Tensor):
+            return iter([(slice(0, self.num_classes), self._weight)])
+        return self._weight.tiles(self._like.dtype, self._like.device)
 
 
 def _logits(
-    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, head: Head
+    hidden_CD: torch.Tensor, tiles: _Tiles, bias_V: torch.Tensor | None, head: Head
 ) -> torch.Tensor:
     """Make a chunk's logits, before the soft cap, in a buffer that the next chunk overwrites."""
-    shape = (len(hidden_CD), weight_VD.shape[0])
+    shape = (len(hidden_CD), tiles.num_classes)
     out = workspace("head.logits", shape, hidden_CD.dtype, hidden_CD.device)
-    torch.mm(hidden_CD, weight_VD.t(), out=out)
+    multiply(hidden_CD, tiles, out)
     if bias_V is not None:
         out.add_(bias_V)
     return out if head.logit_scale == 1.0 else out.mul_(head.logit_scale)
 
 
 def _cast(weight_VD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight in the dtype of the products, through a buffer when it has another."""
+    """Return a dense weight in the dtype of the products, through a buffer when it has another."""
     weight_VD = weight_VD.detach()
     if weight_VD.dtype == dtype:
         return weight_VD
     shape = tuple(weight_VD.shape)
     return workspace("head.weight", shape, dtype, weight_VD.device).copy_(weight_VD)
+
+
+def _trainable(*parameters: torch.Tensor | HeldWeight | None) -> list[torch.Tensor]:
+    """Return what can have a gradient."""
+    return [p for p in parameters if isinstance(p, torch.Tensor)]
 
 
 class HeadLoss(torch.autograd.Function):
@@ -161,29 +193,29 @@ class HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_ND: torch.Tensor,
-        weight_VD: torch.Tensor,
+        weight_VD: torch.Tensor | HeldWeight,
         bias_V: torch.Tensor | None,
         target_N: torch.Tensor,
         head: Head,
     ) -> torch.Tensor:
         """Sum the loss and make the gradients for an upstream gradient of one."""
-        ctx.parameters = [p for p in (weight_VD, bias_V) if p is not None]
+        ctx.parameters = _trainable(weight_VD, bias_V)
         needs_hidden, *needs = ctx.needs_input_grad[:3]
         with torch.autocast(hidden_ND.device.type, enabled=False):
             dhidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
             gradients = Gradients(ctx.parameters, head.num_chunks(hidden_ND))
-            weight = _cast(weight_VD, hidden_ND.dtype)
+            tiles = _Tiles(weight_VD, hidden_ND)
             one_N = target_N.new_ones(len(target_N), dtype=torch.float32)
             total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
             for part in head.chunks(hidden_ND):
-                logits = _logits(hidden_ND[part], weight, bias_V, head)
+                logits = _logits(hidden_ND[part], tiles, bias_V, head)
                 loss_C, _ = cross_entropy_(
                     logits, target_N[part], one_N[part] if any((needs_hidden, *needs)) else None,
                     softcap=head.softcap, label_smoothing=head.label_smoothing,
                 )  # fmt: skip
                 total += loss_C.sum()
                 _backward_chunk(
-                    logits, hidden_ND[part], weight, weight_VD if needs[0] else None,
+                    logits, hidden_ND[part], tiles, weight_VD if needs[0] else None,  # type: ignore[arg-type]
                     bias_V if needs[1] else None, head,
                     None if dhidden_ND is None else dhidden_ND[part], gradients,
                 )  # fmt: skip
@@ -213,7 +245,7 @@ class TokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_ND: torch.Tensor,
-        weight_VD: torch.Tensor,
+        weight_VD: torch.Tensor | HeldWeight,
         bias_V: torch.Tensor | None,
         target_N: torch.Tensor,
         head: Head,
@@ -226,10 +258,10 @@ class TokenLogProbs(torch.autograd.Function):
         loss_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
         lse_N = torch.empty_like(loss_N)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            weight = _cast(weight_VD, hidden_ND.dtype)
+            tiles = _Tiles(weight_VD, hidden_ND)
             one_N = torch.ones_like(loss_N)
             for part in head.chunks(hidden_ND):
-                logits = _logits(hidden_ND[part], weight, bias_V, head)
+                logits = _logits(hidden_ND[part], tiles, bias_V, head)
                 _describe(
                     logits, target_N[part], head.softcap, {k: v[part] for k, v in found.items()}
                 )
@@ -238,13 +270,15 @@ class TokenLogProbs(torch.autograd.Function):
                     softcap=head.softcap,
                 )  # fmt: skip
                 if direction_ND is not None:
-                    torch.mm(logits, weight, out=direction_ND[part])
+                    multiply_back(logits, tiles, direction_ND[part])
                     if head.logit_scale != 1.0:
                         direction_ND[part].mul_(head.logit_scale)
         if "is_top1" in found:
             found["is_top1"] = found["is_top1"].bool()
+        ctx.held = weight_VD if isinstance(weight_VD, HeldWeight) else None
+        dense_VD = None if ctx.held is not None else weight_VD
         ctx.save_for_backward(
-            hidden_ND, weight_VD, bias_V, target_N, lse_N, found.get("entropy"), direction_ND
+            hidden_ND, dense_VD, bias_V, target_N, lse_N, found.get("entropy"), direction_ND
         )
         ctx.head, ctx.entropy_at = head, extras.index("entropy") if "entropy" in extras else None
         ctx.mark_non_differentiable(*(v for k, v in found.items() if k != "entropy"))
@@ -266,13 +300,13 @@ class TokenLogProbs(torch.autograd.Function):
             dhidden = direction_ND.mul(-grad_N[:, None]).to(direction_ND.dtype)
             return (dhidden, None, None, None, None, None)
         needs = ctx.needs_input_grad
-        parameters = [p for p in (weight_VD, bias_V) if p is not None]
+        parameters = _trainable(weight_VD, bias_V)
         gradients = Gradients(parameters, ctx.head.num_chunks(hidden_ND))
         dhidden_ND = torch.empty_like(hidden_ND) if needs[0] else None
-        weight = _cast(weight_VD, hidden_ND.dtype)
+        tiles = _Tiles(weight_VD if ctx.held is None else ctx.held, hidden_ND)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for part in ctx.head.chunks(hidden_ND):
-                logits = _logits(hidden_ND[part], weight, bias_V, ctx.head)
+                logits = _logits(hidden_ND[part], tiles, bias_V, ctx.head)
                 extra = None
                 if grad_entropy is not None:
                     extra = _entropy_gradient(
@@ -282,7 +316,7 @@ class TokenLogProbs(torch.autograd.Function):
                 if extra is not None:
                     logits.add_(extra)
                 _backward_chunk(
-                    logits, hidden_ND[part], weight, weight_VD if needs[1] else None,
+                    logits, hidden_ND[part], tiles, weight_VD if needs[1] else None,
                     bias_V if needs[2] else None, ctx.head,
                     None if dhidden_ND is None else dhidden_ND[part], gradients,
                 )  # fmt: skip
@@ -293,7 +327,7 @@ class TokenLogProbs(torch.autograd.Function):
 def _backward_chunk(
     dlogits_CV: torch.Tensor,
     hidden_CD: torch.Tensor,
-    weight: torch.Tensor,
+    tiles: _Tiles,
     trained_weight: torch.Tensor | None,
     trained_bias: torch.Tensor | None,
     head: Head,
@@ -304,7 +338,7 @@ def _backward_chunk(
     if head.logit_scale != 1.0:
         dlogits_CV.mul_(head.logit_scale)
     if dhidden_CD is not None:
-        torch.mm(dlogits_CV, weight, out=dhidden_CD)
+        multiply_back(dlogits_CV, tiles, dhidden_CD)
     if trained_weight is not None:
         gradients.add_product(trained_weight, dlogits_CV, hidden_CD)
     if trained_bias is not None:
