@@ -171,6 +171,34 @@ def data(config: ConfigPath, set_: Assignments = None, as_json: AsJson = False) 
         out.print(f"[yellow]-[/yellow] {warning}")
 
 
+@app.command(epilog=_keys("train", "pack", "plan"))
+def plan(
+    config: ConfigPath,
+    set_: Assignments = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or a card ('RTX 4090'); default: this machine.")
+    ] = None,
+    vram: Annotated[
+        str | None, typer.Option("--vram", help="Memory of the card to plan for, such as 12GB.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the run will need, item by item, and how its steps are cut; loads no weights."""
+    settings = load_config(config, set_ or [])
+    _quiet_libraries()
+    from whet.planning import plan_config
+
+    found = plan_config(settings, device, vram)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        from whet.terminal import console, show_plan
+
+        show_plan(console(), found)
+    if not found.fits:
+        raise typer.Exit(1)
+
+
 @app.command(epilog=_keys())
 def train(
     config: ConfigPath,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from whet.engine.verify import Verification
     from whet.evaluate import Sample
     from whet.generate import Sampling
+    from whet.plan.plan import Plan
     from whet.train.callbacks import Progress
     from whet.trained import Loaded
 
@@ -208,6 +209,62 @@ def show_verification(out: Console, verification: Verification) -> None:
         "all parts pass" if not failed else f"{failed} of {len(verification.parts)} parts fail"
     )
     out.print(f"{fused}, {verdict}")
+
+
+def show_plan(out: Console, plan: Plan) -> None:
+    """Show a plan: the memory item by item, how a step is run, and what would change it.
+
+    Args:
+        out: Where to.
+        plan: The plan.
+    """
+    found = plan.to_dict()
+    places = {"device": "", "host": "host memory", "disk": "disk"}
+    table = Table(
+        title=f"Memory, {found['target']}", title_justify="left", title_style="bold", box=SIMPLE
+    )
+    table.add_column("")
+    table.add_column("GiB", justify="right")
+    table.add_column("")
+    for item in found["items"]:
+        table.add_row(item["name"], f"{item['bytes'] / 2**30:.3f}", places[item["where"]])
+    table.add_section()
+    table.add_row("peak", f"{found['peak_bytes'] / 2**30:.3f}", "", style="bold")
+    table.add_row("may be used", f"{found['budget_bytes'] / 2**30:.3f}", "")
+    out.print(table)
+    names = {
+        "hidden": "layer inputs", "qkv": "queries, keys, values", "attention": "attention outputs",
+        "gate_up": "MLP inputs",
+    }  # fmt: skip
+    rows = [(f"{names[kind]} ({kind})", way) for kind, way in found["policy"].items()]
+    rows += [
+        ("longest example", f"{found['longest_example']:,} tokens"),
+        ("tokens a pass, at most", f"{found['tokens_per_pass']:,}"),
+        ("passes a step", f"{found['passes_per_step']:.3g}"),
+        ("operations a step", f"{found['step_flops'] / 1e12:.3g} TFLOP"),
+        ("a step, estimated", duration(found["step_seconds"])),
+        (f"{found['num_steps']:,} steps, estimated", duration(found["seconds"])),
+    ]  # fmt: skip
+    steps = Table(title="Step", title_justify="left", title_style="bold", box=SIMPLE)
+    steps.add_column("")
+    steps.add_column("")
+    for row in rows:
+        steps.add_row(*row)
+    out.print(steps)
+    for note in found["notes"]:
+        out.print(f"  [dim]-[/dim] {escape(note)}")
+    if not plan.fits:
+        out.print(f"[red]Does not fit.[/red] {escape(found['changes'][0])}")
+        return
+    for change in found["changes"]:
+        out.print(f"  [dim]-[/dim] {escape(change)}")
+
+
+def duration(seconds: float) -> str:
+    """Write a duration as 0.52 s, 14 s, 12:30 or 1:02:03."""
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return clock(seconds)
 
 
 def show_end(out: Console, path: str, seconds: float, peak_bytes: int) -> None:

@@ -23,6 +23,7 @@ from whet.engine import trl
 from whet.engine.head import Head, head_loss, read_head
 from whet.engine.held import HeldWeight
 from whet.engine.layer import LayerRecord, norm, packed_layer
+from whet.engine.passes import PackedPass
 from whet.engine.projection import Unsupported
 from whet.engine.spec import NormSpec
 from whet.engine.unpad import Packed, pack_batch
@@ -130,11 +131,20 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def causal_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Forward of the causal language model: with labels, the loss comes from the engine's head."""
+    """Forward of the causal language model: with labels, the loss comes from the engine's head.
+
+    A caller of the engine's own hands in `whet_pass`, a PackedPass: then the host reads nothing back.
+    """
     state: EngineState = self._whet  # type: ignore[assignment]
     kwargs = named(self, args, kwargs)
     fused_lm_head = kwargs.pop("fused_lm_head", False)
     loss_only = kwargs.pop("whet_loss_only", False)
+    given: PackedPass | None = kwargs.pop("whet_pass", None)
+    if given is not None:
+        batch = _given_batch(self, state, given, kwargs)
+        if batch is not None:
+            return _answer(self, state, batch, kwargs, loss_only)
+        kwargs.update(given.as_batch())
     labels, shift_labels = kwargs.get("labels"), kwargs.get("shift_labels")
     if labels is None and shift_labels is None:
         return call_original(self, **kwargs)
@@ -175,7 +185,7 @@ def wants_original(decoder: nn.Module, state: EngineState, kwargs: dict[str, Any
 
 def pack(decoder: nn.Module, state: EngineState, kwargs: dict[str, Any]) -> Packed | None:
     """Describe a call's tokens packed; None where they must stay as they are."""
-    if not state.packs or wants_original(decoder, state, kwargs):
+    if _stays_padded(decoder, state, kwargs):
         return None
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     tokens = kwargs.get("input_ids")
@@ -185,18 +195,20 @@ def pack(decoder: nn.Module, state: EngineState, kwargs: dict[str, Any]) -> Pack
         return None
     if getattr(positions, "ndim", 2) != 2:
         return None
-    if (
-        not state.owns_attention
-        and decoder.training
-        and getattr(decoder, "gradient_checkpointing", False)
-    ):
-        # Recomputed outside of this call, an attention of its own would not find the interface.
-        return None
     shape = (int(tokens.shape[0]), int(tokens.shape[1]))
     packed = pack_batch(shape, mask, positions, kwargs.get("cu_seq_lens_q"), tokens.device)
     if packed is None:
         state.notes["unpadding"] = "a batch stayed padded, for its attention mask has holes"
     return packed if packed is not None and packed.num_tokens else None
+
+
+def _stays_padded(decoder: nn.Module, state: EngineState, kwargs: dict[str, Any]) -> bool:
+    """Tell whether a call cannot be packed, whatever its tensors are."""
+    # Recomputed outside of this call, an attention of its own would not find the interface.
+    recomputes = decoder.training and getattr(decoder, "gradient_checkpointing", False)
+    if not state.packs or (recomputes and not state.owns_attention):
+        return True
+    return wants_original(decoder, state, kwargs)
 
 
 @contextlib.contextmanager
@@ -222,7 +234,7 @@ class LabelledBatch:
     Args:
         hidden_ND: Hidden states of the labelled rows.
         target_N: Their classes.
-        target_BL: Classes of the padded batch, -100 where nothing is learned.
+        target_BL: Classes of the padded batch, -100 where nothing is learned; of a PackedPass (1, N).
         weight_VD: Weight of the live head.
         bias_V: Its bias, or None.
         hidden_TD: Hidden states of all tokens.
@@ -244,16 +256,8 @@ def _labelled_batch(
     """Run the decoder and pick the labelled rows; None where the original forward must run."""
     decoder = decoder_of(model)
     inner = {k: v for k, v in kwargs.items() if k not in HEAD_ARGUMENTS}
-    keep = kwargs.get("logits_to_keep", 0)
-    default = getattr(model.config, "output_router_logits", False)
-    if isinstance(keep, torch.Tensor) or keep or kwargs.get("output_router_logits", default):
-        return None
-    if wants_original(decoder, state, inner):
-        return None
-    try:
-        weight, bias = read_head(model.get_output_embeddings())  # type: ignore[operator]
-    except Unsupported as reason:
-        state.notes["head"] = str(reason)
+    live = None if wants_original(decoder, state, inner) else _live_head(model, state, kwargs)
+    if live is None:
         return None
     target_BL = kwargs.get("shift_labels")
     if target_BL is None:
@@ -271,14 +275,53 @@ def _labelled_batch(
     hidden_TD = output.last_hidden_state.flatten(0, 1)
     rows_N = packed.pack(labelled_BL).nonzero()[:, 0].to(hidden_TD.device)
     if not len(rows_N):
-        state.unlabelled_batches += 1
-        if state.unlabelled_batches == 1:
-            logger.warning("a batch has no labelled token; it counts as loss 0")
+        _count_unlabelled(state)
     return LabelledBatch(
         hidden_TD.index_select(0, rows_N),
         packed.pack(target_BL).to(hidden_TD.device).index_select(0, rows_N),
-        target_BL, weight, bias, hidden_TD, packed,
+        target_BL, *live, hidden_TD, packed,
     )  # fmt: skip
+
+
+def _given_batch(
+    model: nn.Module, state: EngineState, given: PackedPass, kwargs: dict[str, Any]
+) -> LabelledBatch | None:
+    """Run the decoder on a pass that says everything; None where the original forward must run."""
+    decoder = decoder_of(model)
+    inner = {k: v for k, v in kwargs.items() if k not in HEAD_ARGUMENTS}
+    live = _live_head(model, state, kwargs) if isinstance(state.head, Head) else None
+    if live is None or _stays_padded(decoder, state, inner):
+        return None
+    packed = given.packed
+    inner.update(input_ids=given.input_ids, use_cache=False, whet_packed=packed)
+    hidden_TD = decoder(**inner).last_hidden_state[0]
+    if not given.num_labels:
+        _count_unlabelled(state)
+    return LabelledBatch(
+        hidden_TD.index_select(0, given.rows_N), given.target_N, given.target_N[None], *live,
+        hidden_TD, packed,
+    )  # fmt: skip
+
+
+def _live_head(
+    model: nn.Module, state: EngineState, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor | HeldWeight, torch.Tensor | None] | None:
+    """Read the head's weight and bias; None where the original forward must run."""
+    keep = kwargs.get("logits_to_keep", 0)
+    default = getattr(model.config, "output_router_logits", False)
+    if isinstance(keep, torch.Tensor) or keep or kwargs.get("output_router_logits", default):
+        return None
+    try:
+        return read_head(model.get_output_embeddings())  # type: ignore[operator]
+    except Unsupported as reason:
+        state.notes["head"] = str(reason)
+        return None
+
+
+def _count_unlabelled(state: EngineState) -> None:
+    state.unlabelled_batches += 1
+    if state.unlabelled_batches == 1:
+        logger.warning("a batch has no labelled token; it counts as loss 0")
 
 
 def _answer(

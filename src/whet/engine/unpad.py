@@ -22,6 +22,8 @@ class Packed:
         positions_T: int64 position ids.
         index_T: Place of each token in the flat (B * L) batch it came from; None: all are there.
         batch_shape: (B, L) of that batch.
+        longest_bound: What kernels are told of the longest document where it is more, so that
+            their shapes repeat.
     """
 
     lengths: tuple[int, ...]
@@ -29,6 +31,7 @@ class Packed:
     positions_T: torch.Tensor
     index_T: torch.Tensor | None
     batch_shape: tuple[int, int]
+    longest_bound: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -37,8 +40,8 @@ class Packed:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest document."""
-        return max(self.lengths, default=0)
+        """Tokens of the longest document, or a bound of it."""
+        return max(self.longest_bound, *self.lengths, 0)
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
         """Take the real tokens of a (B, L, ...) tensor: (T, ...)."""

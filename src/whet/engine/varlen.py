@@ -60,7 +60,7 @@ def varlen_forward(
     out_THK = torch.empty(q_THK.shape, dtype=q_THK.dtype)
     lse_HT = torch.empty((q_THK.shape[1], q_THK.shape[0]), dtype=torch.float32)
     start = 0
-    for length in packed.lengths:
+    for length in filter(None, packed.lengths):
         part = slice(start, start + length)
         start += length
         document_forward(
@@ -107,7 +107,7 @@ def varlen_backward(
             target.copy_(grad)
         return
     start = 0
-    for length in packed.lengths:
+    for length in filter(None, packed.lengths):
         part = slice(start, start + length)
         start += length
         document_backward(

@@ -258,7 +258,11 @@ def engine_settings(config: Config) -> EngineSettings:
 
     engine = config.engine
     return EngineSettings(
-        engine.check, engine.strict, engine.debug, engine.head_rows, block_tokens=engine.block_tokens
+        engine.check,
+        engine.strict,
+        engine.debug,
+        engine.head_rows,
+        block_tokens=engine.block_tokens,
     )
 
 

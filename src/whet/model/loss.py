@@ -14,14 +14,18 @@ from whet.model import CausalLM
 if TYPE_CHECKING:
     import torch
 
+    from whet.engine.passes import PackedPass
 
-def summed_loss(model: CausalLM, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+
+def summed_loss(
+    model: CausalLM, batch: dict[str, torch.Tensor] | PackedPass
+) -> tuple[torch.Tensor, int]:
     """Sum the cross entropy over a batch's labelled tokens, making logits for those rows alone.
 
     Args:
         model: A causal language model, or a peft or parallel wrapper of one.
         batch: `input_ids`, `labels` (not shifted), and `attention_mask` of padded rows or `position_ids`
-            of packed ones; (B, T) each.
+            of packed ones; (B, T) each. Or a PackedPass, where the engine packs and answers.
 
     Returns:
         The sum in float32 (0 with zero gradients when nothing is labelled), and the number of labels.
@@ -30,6 +34,9 @@ def summed_loss(model: CausalLM, batch: dict[str, torch.Tensor]) -> tuple[torch.
 
     from whet.engine.swap import fuses_head
 
+    if not isinstance(batch, dict):
+        output = model(whet_pass=batch, num_items_in_batch=1, use_cache=False, whet_loss_only=True)
+        return output.loss, batch.num_labels
     target_BT = functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     keep_BT = target_BT != -100
     if fuses_head(model):

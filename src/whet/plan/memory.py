@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from whet.engine.head import CHUNK_ROWS
+from whet.engine.held import TILE_ROWS
 from whet.engine.memory import Policy
 from whet.engine.swap import base_of
 from whet.plan.count import quantisation_tensors
@@ -219,12 +220,19 @@ class PassModel:
         device: `cpu` or `cuda`.
         head_rows: Rows of a chunk of logits; None takes the device's default.
         label_share: Share of the tokens that are learned.
+        embeddings: As in `plan.embeddings`.
     """
 
     def __init__(
-        self, shaped: ShapedModel, device: str, head_rows: int | None, label_share: float
+        self,
+        shaped: ShapedModel,
+        device: str,
+        head_rows: int | None,
+        label_share: float,
+        embeddings: str = "device",
     ) -> None:
         self.shaped, self.device, self.label_share = shaped, device, label_share
+        self.embeddings = embeddings
         self.head_rows = head_rows or CHUNK_ROWS[device]
         self._traces: dict[tuple[int, int, bool], PassTrace] = {}
 
@@ -262,13 +270,14 @@ class PassModel:
             longest: Of its longest document.
             policies: One for each layer.
         """
-        kept = self.trace(num_tokens, longest, lean=False)
         recomputes = any("recompute" in (p.qkv, p.gate_up) for p in policies)
-        working = self.trace(num_tokens, longest, lean=True).working if recomputes else kept.working
-        saved = {"hidden": kept.outside, **dict.fromkeys(POLICY_KINDS[1:], 0), "other": 0}
+        traced = self.trace(num_tokens, longest, lean=recomputes)
+        layers = self._layers(traced, num_tokens, longest) if recomputes else traced.layers
+        working = traced.working
+        saved = {"hidden": traced.outside, **dict.fromkeys(POLICY_KINDS[1:], 0), "other": 0}
         away = dict.fromkeys(POLICY_KINDS, 0)
         largest_away = 0
-        for layer, policy in zip(kept.layers, policies, strict=True):
+        for layer, policy in zip(layers, policies, strict=True):
             saved["other"] += layer["other"]
             for kind in POLICY_KINDS:
                 choice = getattr(policy, kind)
@@ -282,7 +291,16 @@ class PassModel:
         head = self.head_bytes(num_tokens)
         tensors = sum(saved.values()) + working + head
         slack = round(SLACK[self.device] * tensors)
-        return PassMemory(saved, away, working, head, kept.around, slack, self.device)
+        return PassMemory(saved, away, working, head, traced.around, slack, self.device)
+
+    def _layers(self, lean: PassTrace, num_tokens: int, longest: int) -> tuple[dict[str, int], ...]:
+        """Add to a lean trace what it would save where nothing is recomputed: so much a token."""
+        size = min(num_tokens, 1024)
+        kept = self.trace(size, min(longest, size), lean=False)
+        return tuple(
+            {**less, **{kind: more[kind] * num_tokens // size for kind in ("qkv", "gate_up")}}
+            for less, more in zip(lean.layers, kept.layers, strict=True)
+        )
 
     def head_bytes(self, num_tokens: int) -> int:
         """Return what the loss needs: logits of a chunk, and labelled rows of hidden states, twice."""
@@ -294,7 +312,10 @@ class PassModel:
         trained = (
             4 * weight.numel() if weight.requires_grad else 0
         )  # its gradient, summed in float32
-        return size * (min(rows, self.head_rows) * vocab + 2 * rows * width) + trained
+        # A tile of the head as it is computed with; two more are under way from the host to a GPU.
+        tiles = {"device": 0, "8bit": 1, "cpu": 3 if self.device == "cuda" else 1}[self.embeddings]
+        tile = tiles * min(vocab, TILE_ROWS) * width
+        return size * (min(rows, self.head_rows) * vocab + 2 * rows * width + tile) + trained
 
 
 LEAST = Policy(qkv="recompute", gate_up="recompute")

@@ -175,7 +175,7 @@ def _chooser(
     placed = config.plan.embeddings
     static = static_memory(model, config.train.optimizer, placed, target.device)
     made = shaped(model, target.device, config.engine.enabled, config.engine.block_tokens)
-    passes = PassModel(made, target.device, config.engine.head_rows, workload.label_share)
+    passes = PassModel(made, target.device, config.engine.head_rows, workload.label_share, placed)
     packing = Packing(1, config.pack.split, padded=not (config.pack.enabled and made.packs))
     notes = []
     if not passes.traced:

@@ -147,7 +147,12 @@ class Chooser:
         if preset == "lean":
             least = self.evaluate(sizes[-1], self.least())
             return least if self.fits(least) else None
-        found = [choice for size in sizes if (choice := self.fill(size)) is not None]
+        found = []
+        for size in reversed(sizes):  # where the smaller does not fit, the larger need not be tried
+            choice = self.fill(size)
+            if choice is None:
+                break
+            found.append(choice)
         # Within 3% the estimate cannot tell: then the fewest passes, whose arithmetic does not depend
         # on how much memory happens to be free.
         best = min((choice.step_seconds for choice in found), default=0.0)
@@ -190,12 +195,12 @@ class Chooser:
             choice = self.evaluate(size, (fixed,) * num)
             return choice if self.fits(choice) else None
         policies = [Policy()] * num
-        choice = self.evaluate(size, tuple(policies))
-        if self.fits(choice):
-            return choice
         lean = self.evaluate(size, self.least())
         if not self.fits(lean):
             return None
+        choice = self.evaluate(size, tuple(policies))
+        if self.fits(choice):
+            return choice
         for kind, way in self._measures():
             # The fewest layers for which the measure is enough, by halving.
             low, high = 1, num

@@ -7,8 +7,9 @@ CPU (torch's FakeTensorMode): unlike meta tensors they also go through autocast 
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,22 +148,23 @@ def _observe(base: Any, mode: FakeTensorMode) -> Seen | None:
     """
     register_attention()
     decoder = decoder_of(base)
-    tuples: dict[int, bool] = {}
     blocks = decoder_layers(decoder)
+    # DeepSeek's first layers are dense, the rest have experts, all of one class.
+    kinds = [tuple(type(module) for module in block.modules()) for block in blocks]
+    tuples: dict[Any, bool] = {}
 
-    def note(number: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tuples[number] = isinstance(output, tuple)
+    def note(block: nn.Module, args: Any, output: Any) -> None:
+        tuples[tuple(type(module) for module in block.modules())] = isinstance(output, tuple)
 
-        return hook
-
-    handles = [block.register_forward_hook(note(n)) for n, block in enumerate(blocks)]
+    handles = [block.register_forward_hook(note) for block in blocks]
     # What cannot run on shapes is logged by torch with a page of traceback, and handled here.
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        with mode, torch.no_grad(), packed_attention(decoder):
+        # The first layers, until every kind was there.
+        shown = max((kinds.index(kind) for kind in kinds), default=0) + 1
+        with mode, torch.no_grad(), first_layers(decoder, shown), packed_attention(decoder):
             ids = torch.zeros((1, sum(LENGTHS)), dtype=torch.long)
             packed = from_lengths(list(LENGTHS))
             hidden = decoder(input_ids=ids, use_cache=False, whet_packed=packed).last_hidden_state
@@ -172,10 +174,30 @@ def _observe(base: Any, mode: FakeTensorMode) -> Seen | None:
         log.setLevel(level)
         for handle in handles:
             handle.remove()
-    if len(tuples) != len(blocks):
+    if set(kinds) != set(tuples):
         return None
-    layers = [SeenLayer(None, tuples[number]) for number in range(len(blocks))]
+    layers = [SeenLayer(None, tuples[kind]) for kind in kinds]
     return Seen(ids, hidden, hidden, layers)
+
+
+@contextlib.contextmanager
+def first_layers(decoder: nn.Module, num: int) -> Iterator[list[nn.Module]]:
+    """Let a decoder have its first layers only, in the body.
+
+    Args:
+        decoder: A decoder with a list of layers.
+        num: How many it keeps.
+    """
+    everything = decoder_layers(decoder)
+    holder = next(
+        m for m in decoder.modules() if isinstance(m, nn.ModuleList) and list(m) == everything
+    )
+    modules = holder._modules
+    holder._modules = dict(list(modules.items())[:num])
+    try:
+        yield everything[:num]
+    finally:
+        holder._modules = modules
 
 
 def quantise_shapes_(model: Any, dtype: torch.dtype) -> None:

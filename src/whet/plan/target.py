@@ -19,7 +19,7 @@ CUDA_RESERVE = 640 * 2**20
 
 
 def target_of(
-    device: str | None, memory: str | None, dtype: torch.dtype, lean_host: bool = False
+    device: str | None, memory: str | None, dtype: torch.dtype, named: bool = False
 ) -> Target:
     """Describe what is planned for.
 
@@ -27,7 +27,7 @@ def target_of(
         device: `cpu`, `cuda` or a card's name, such as "RTX 4090"; None is this machine's own.
         memory: Memory to stay within, as people write it; None takes 90% of what is free.
         dtype: Type of the products.
-        lean_host: Leave host memory alone: nothing is offloaded by itself.
+        named: The memory is that of another card, so that a machine without one plans for a card.
 
     Raises:
         InputError: The amount or the card is not known.
@@ -37,14 +37,14 @@ def target_of(
     except ValueError as error:
         raise InputError(f"--vram: {error}") from error
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    if device in (None, here) and not (budget and here == "cpu" and device is None and memory):
-        return _this_machine(here, budget, dtype, lean_host)
-    if device == "cpu":
-        return _this_machine("cpu", budget, dtype, lean_host)
+    if device == "cpu" or (here == "cpu" and device is None and not named):
+        return _this_machine("cpu", budget, dtype)
+    if here == "cuda" and device in (None, "cuda"):
+        return _this_machine("cuda", budget, dtype)
     return _other_card(device, budget)
 
 
-def _this_machine(kind: str, budget: int | None, dtype: torch.dtype, lean_host: bool) -> Target:
+def _this_machine(kind: str, budget: int | None, dtype: torch.dtype) -> Target:
     if kind == "cpu":
         speed = measure_speed(dtype, torch.device(kind))
         own = psutil.Process().memory_info().rss
@@ -54,7 +54,7 @@ def _this_machine(kind: str, budget: int | None, dtype: torch.dtype, lean_host: 
     name = torch.cuda.get_device_name()
     speed = card_speed(name) or measure_speed(dtype, torch.device(kind))
     context = max(0, total - free - torch.cuda.memory_reserved())
-    host = 0 if lean_host else int(0.5 * free_host_bytes())
+    host = int(0.5 * free_host_bytes())
     known = budget or int(SHARE * (free + torch.cuda.memory_allocated()))
     # What is in use already is not in `free`; the context of this process is there by now.
     return Target("cuda", name, known, 0 if context else CUDA_RESERVE, host, speed)

@@ -24,7 +24,7 @@ from whet.engine.model import decoder_of
 from whet.engine.swap import base_of, decoder_layers, set_policies
 from whet.engine.unpad import from_lengths
 from whet.plan.count import AllocationCounter, storages_of
-from whet.plan.shape import ShapedModel
+from whet.plan.shape import ShapedModel, first_layers
 
 # The kinds of saved tensors, by the names the halves save them under.
 KINDS = {
@@ -77,7 +77,7 @@ def trace_pass(
     alike = _alike(everything)
     shown = max(alike) + 1  # the first layers, until every kind was there
     counter = AllocationCounter()
-    with shaped.mode, _first_layers(decoder, shown) as blocks, _as_in_training(base):
+    with shaped.mode, first_layers(decoder, shown) as blocks, _as_in_training(base):
         layers = _LayerCounts(base, blocks, shaped.halved)
         packed = from_lengths(list(lengths))
         ids = torch.zeros((1, sum(lengths)), dtype=torch.long)
@@ -136,21 +136,6 @@ def _alike(blocks: Sequence[nn.Module]) -> list[int]:
         found.append(first.setdefault((spec, policy, shapes, reached), number))
         reached = reached or any(p.requires_grad for p in block.parameters())
     return found
-
-
-@contextlib.contextmanager
-def _first_layers(decoder: nn.Module, num: int) -> Iterator[list[nn.Module]]:
-    """Let a decoder have its first layers only, in the body."""
-    everything = decoder_layers(decoder)
-    holder = next(
-        m for m in decoder.modules() if isinstance(m, nn.ModuleList) and list(m) == everything
-    )
-    modules = holder._modules
-    holder._modules = dict(list(modules.items())[:num])
-    try:
-        yield everything[:num]
-    finally:
-        holder._modules = modules
 
 
 def _without_offload(policy: Policy) -> Policy:

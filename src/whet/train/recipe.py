@@ -16,6 +16,7 @@ from typing import Any
 from whet.config import Config
 from whet.data.report import PreparedData, prepare
 from whet.data.template import set_chat_template
+from whet.engine.embeddings import place_embeddings
 from whet.engine.swap import detach, met, set_policies, takes_packed
 from whet.engine.verify import compare_pass
 from whet.errors import Interrupted, WhetError
@@ -153,6 +154,9 @@ def _train(
     tuned = prepare_parameters(model, config)
     trainable, total = count_parameters(tuned)
     listener.note(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    if config.plan.embeddings != "device":
+        for line in place_embeddings(tuned, config.plan.embeddings):
+            listener.note(line)
     _put_engine(run, config, tuned, data, listener)
     set_policies(tuned, plan.choice.policies)
     # Weights and two AdamW moments, each in float32 at most, in every checkpoint and one more aside.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,9 @@ from transformers.training_args import OptimizerNames
 from whet.config import Config
 from whet.data.packing import Packing, StepSampler
 from whet.data.tokenize import Tokens
+from whet.engine.graphs import GraphedPasses
+from whet.engine.passes import PackedPass, pack_pass
+from whet.engine.swap import fuses_head, report_of, takes_packed
 from whet.errors import WhetError
 from whet.model import CausalLM, Tokenizer
 from whet.model.loss import summed_loss
@@ -64,6 +68,7 @@ class StepSettings:
             keeps the least already.
         tell: Called with what happened, for metrics.jsonl, and a sentence for people.
         checkpoints: Recompute layers that keep their own code, as transformers does.
+        graphs: Records passes and replays them; None runs each as ever.
     """
 
     packing: Packing
@@ -71,6 +76,7 @@ class StepSettings:
     ease: Callable[[], str | None] = lambda: None
     tell: Callable[[dict[str, Any], str], None] = lambda event, text: None
     checkpoints: bool = False
+    graphs: GraphedPasses | None = None
 
 
 class WhetTrainer(Trainer):
@@ -176,6 +182,7 @@ class WhetTrainer(Trainer):
                 reason = str(error).strip().split("\n")[0]
             # Outside of the handler, whose traceback holds the tensors of the failed pass.
             model.zero_grad()
+            self._forget_graphs()
             free_memory()
             self._make_room(passes, reason)
             state.restore()
@@ -199,7 +206,7 @@ class WhetTrainer(Trainer):
         """
 
         def run_pass(group: Sequence[Tokens]) -> None:
-            batch = self._prepare_inputs(self.packing.batch(group, self._pad))
+            batch = self._make_batch(group, rounded=False)
             self._run_pass(self.model, batch, torch.ones((), device=self.args.device), 0)
 
         try:
@@ -228,17 +235,58 @@ class WhetTrainer(Trainer):
         self, model: Any, passes: list[list[Tokens]], num_items: torch.Tensor
     ) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
+        graphs = self.settings.graphs
+        if graphs is not None:
+            graphs.begin_step()
         for number, group in enumerate(passes):
             with self.meter.phase("data"):
-                batch = self._prepare_inputs(self.packing.batch(group, self._pad))
+                batch = self._make_batch(group, rounded=graphs is not None and not graphs.reason)
             # Gradients of all processes meet in the last pass only.
             last = number == len(passes) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                total += self._run_pass(model, batch, num_items, number)
+                loss = None
+                if graphs is not None and isinstance(batch, PackedPass):
+                    self.at = (number, "forward")
+                    with self.meter.phase("backward"):  # both in one, this the most of it
+                        loss = graphs.run(batch, num_items, partial(self._learn, model))
+                if loss is None:
+                    loss = self._run_pass(model, batch, num_items, number)
+                total += loss
         return total
 
+    def _make_batch(
+        self, group: Sequence[Tokens], rounded: bool
+    ) -> dict[str, torch.Tensor] | PackedPass:
+        """Make the tensors of a pass, on the device.
+
+        Args:
+            group: Its examples.
+            rounded: Make its shapes repeat.
+        """
+        if self.packing.padded or not (takes_packed(self.model) and fuses_head(self.model)):
+            return self._prepare_inputs(self.packing.batch(group, self._pad))
+        num = sum(len(tokens.input_ids) for tokens in group)
+        documents = [(tokens.input_ids, tokens.labels) for tokens in group]
+        batch = pack_pass(documents, self._pad, self.packing.length_of(num) - num)
+        return (batch.rounded() if rounded else batch).to(self.args.device)
+
+    def _learn(self, model: Any, batch: PackedPass, num_items: torch.Tensor) -> torch.Tensor:
+        """Run one pass forward and backward as it is recorded: without anything that looks at a clock."""
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, batch, num_items_in_batch=num_items)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _forget_graphs(self) -> None:
+        if self.settings.graphs is not None:
+            self.settings.graphs.clear()
+
     def _run_pass(
-        self, model: Any, batch: dict[str, torch.Tensor], num_items: torch.Tensor, number: int
+        self,
+        model: Any,
+        batch: dict[str, torch.Tensor] | PackedPass,
+        num_items: torch.Tensor,
+        number: int,
     ) -> torch.Tensor:
         """Run one pass forward and backward; return its part of the loss."""
         self.at = (number, "forward")
@@ -298,13 +346,14 @@ class WhetTrainer(Trainer):
         self.settings.tell(event, text)
 
     def _tell_of_the_optimizer(self, text: str) -> None:
+        self._forget_graphs()
         step = self.state.global_step + 1
         self.settings.tell({"step": step, "event": "out_of_memory", "phase": "optimizer"}, text)
 
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, torch.Tensor],
+        inputs: Any,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
@@ -365,7 +414,5 @@ class WhetTrainer(Trainer):
 
 def _has_own_code(model: CausalLM) -> bool:
     """Tell whether any layer is transformers' own; fused ones recompute by themselves, and less."""
-    from whet.engine.swap import report_of
-
     report = report_of(model)
     return report is None or report.layers_fused < report.layers_total

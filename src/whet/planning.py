@@ -1,0 +1,60 @@
+"""What `whet plan` does: read what of the data can be read, and plan, on this machine or for a card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from whet.config import Config
+from whet.errors import InputError
+from whet.model.load import choose_dtype
+from whet.plan.plan import Plan, make_plan, workload_of
+from whet.plan.target import target_of
+
+
+def plan_config(config: Config, device: str | None = None, memory: str | None = None) -> Plan:
+    """Plan a config without loading a weight.
+
+    Args:
+        config: A checked config.
+        device: `cpu`, `cuda` or a card's name; None is this machine's own, or a card with `memory`.
+        memory: Memory to plan for, such as 12GB; None takes `plan.memory`, or 90% of what is free.
+
+    Raises:
+        InputError: The model, the card or the amount is not known.
+    """
+    from dataclasses import replace
+
+    from whet.model.load import max_length
+
+    limit = max_length(config.model)
+    dtype, _ = choose_dtype(config.model.dtype, config.train.parameters != "lora")
+    lengths, num_labels, why = _read_lengths(config, limit)
+    workload = workload_of(config, lengths, num_labels, limit)
+    target = target_of(device, memory or config.plan.memory, dtype, named=memory is not None)
+    plan = make_plan(config, workload, target, dtype)
+    return replace(plan, notes=(*plan.notes, *([why] if why else [])))
+
+
+def _read_lengths(config: Config, limit: int) -> tuple[list[int] | None, int, str]:
+    """Return the examples' lengths, the labels among them, and why they could not be read."""
+    from whet.data.report import prepare
+    from whet.data.template import set_chat_template
+    from whet.model.load import load_tokenizer
+
+    sources = config.data.train
+    sources = [sources] if isinstance(sources, str) else sources
+    if not all(sources) or not sources:
+        return None, 0, "data.train names no file"
+    if missing := [s for s in sources if Path(s).suffix and not Path(s).exists()]:
+        raise InputError(f"there is no data file '{missing[0]}'", fix="check data.train")
+    try:
+        tokenizer = load_tokenizer(config.model)
+    except InputError:
+        return None, 0, f"'{config.model.name}' has no tokenizer here to measure the data with"
+    template = set_chat_template(tokenizer, config.model.chat_template)
+    data = prepare(config.data, tokenizer, limit, template)
+    return (
+        [len(tokens.input_ids) for tokens in data.train],
+        sum(tokens.num_labels for tokens in data.train),
+        "",
+    )
