@@ -31,12 +31,12 @@ ROWS, PASSES = 8, 4
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "train.jsonl"
 
 
-def read_rows(file: Path, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+def read_rows(file: Path, tokenizer: Any, num: int = ROWS) -> list[tuple[list[int], list[int]]]:
     """Return ids and labels of the first rows; the prompt is not learned."""
     text = file.read_text()
     rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, text.splitlines())
     made = []
-    for row in list(rows)[:ROWS]:
+    for row in list(rows)[:num]:
         if "messages" in row:
             prompt, answer = (message["content"] for message in row["messages"][-2:])
         else:

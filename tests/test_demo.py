@@ -13,7 +13,7 @@ from whet.export.check import check_export
 from whet.export.weights import export_adapter, export_merged
 from whet.generate import Sampling, generate
 from whet.model.load import load_tokenizer
-from whet.terminal import opening
+from whet.chat import opening
 from whet.train.recipe import LogListener, fit
 from whet.trained import load_trained
 from whet.verification import verify_loaded

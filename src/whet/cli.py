@@ -10,75 +10,50 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from whet import __version__
+from whet.cli_options import (
+    AsJson,
+    Assignments,
+    Commands,
+    ConfigPath,
+    DataFile,
+    MaxNewTokens,
+    RunOrModel,
+    Seed,
+    System,
+    Temperature,
+    TopP,
+    keys,
+)
 from whet.config import DataSection
 from whet.config_file import (
     TEMPLATES,
     commented_yaml,
-    help_text,
     load_config,
     parse_yaml,
     to_json_schema,
     to_yaml,
 )
 from whet.data.sources import require_sources
-from whet.errors import InputError, Interrupted, WhetError, did_you_mean
+from whet.errors import InputError, WhetError, did_you_mean
 
 if TYPE_CHECKING:
     from whet.trained import Loaded
 
 
-class _Commands(TyperGroup):
-    """Has Ctrl-C end any command with the shell's exit code, and not with typer's 1."""
-
-    def invoke(self, ctx: typer.Context) -> Any:
-        """Run the command that was asked for."""
-        try:
-            return super().invoke(ctx)  # pyright: ignore[reportArgumentType]
-        except KeyboardInterrupt as error:
-            raise Interrupted("stopped") from error
-
-
 app = typer.Typer(
     name="whet",
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML or JSON file.")]
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, such as lora.rank=8."),
-]
-RunOrModel = Annotated[
-    str, typer.Argument(metavar="RUN|MODEL", help="Run folder, or any model name.")
-]
-DataFile = Annotated[
-    str | None,
-    typer.Option(help="Rows to use; default: the run's held-out rows (verify: a few sentences)."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-System = Annotated[
-    str | None, typer.Option(help="System prompt; a run's own is used when this is not given.")
-]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")]
-TopP = Annotated[float, typer.Option(help="Sample within this probability mass.")]
-Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
-
-
-def _keys(*sections: str) -> str:
-    """Format config keys for a command's help; the backspace keeps click from joining lines."""
-    return f"\b\nConfig keys and their defaults:\n{help_text(*sections)}"
 
 
 @app.callback(invoke_without_command=True, epilog="Add --debug to any command for a traceback.")
@@ -138,7 +113,7 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command(epilog=_keys("model", "data"))
+@app.command(epilog=keys("model", "data"))
 def data(config: ConfigPath, set_: Assignments = None, as_json: AsJson = False) -> None:
     """Report what of the data will be learned, and what will not, without loading a model."""
     settings = load_config(config, set_ or [])
@@ -171,7 +146,7 @@ def data(config: ConfigPath, set_: Assignments = None, as_json: AsJson = False) 
         out.print(f"[yellow]-[/yellow] {warning}")
 
 
-@app.command(epilog=_keys("train", "pack", "plan"))
+@app.command(epilog=keys("train", "pack", "plan"))
 def plan(
     config: ConfigPath,
     set_: Assignments = None,
@@ -199,7 +174,7 @@ def plan(
         raise typer.Exit(1)
 
 
-@app.command(epilog=_keys())
+@app.command(epilog=keys())
 def train(
     config: ConfigPath,
     set_: Assignments = None,
@@ -233,7 +208,7 @@ def train(
     show_end(terminal.out, str(run.path), report["seconds"], report["peak_bytes"])
 
 
-@app.command(name="eval", epilog=_keys("eval"))
+@app.command(name="eval", epilog=keys("eval"))
 def evaluate(
     name: RunOrModel,
     data: DataFile = None,
@@ -255,7 +230,7 @@ def evaluate(
     show_evaluation(terminal.out, {k: v for k, v in found.items() if v}, loaded.config.eval.samples)
 
 
-@app.command(epilog=_keys("engine"))
+@app.command(epilog=keys("engine"))
 def verify(
     name: RunOrModel,
     data: DataFile = None,
@@ -301,9 +276,9 @@ def generate(
     from whet.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    from whet.chat import opening
     from whet.data.template import render_prompt
     from whet.generate import generate as complete
-    from whet.terminal import opening
 
     loaded = _load(name)
     asked = [[*opening(loaded, system), {"role": "user", "content": text}] for text in prompt]
@@ -339,7 +314,7 @@ def chat(
     from whet.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    from whet.terminal import talk
+    from whet.chat import talk
 
     loaded = _load(name)
     typer.echo(f"{name}. /reset, /system TEXT, /exit or Ctrl-D.", err=True)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from tests.engine.families import FAMILIES, adapted, build, in_nf4
+
 from whet.data.packing import packed_batch
 from whet.data.tokenize import Tokens
 from whet.engine import swap

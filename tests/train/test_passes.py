@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from tests.engine.families import FAMILIES, adapted, build, gradients, judge_norm, true_gradients
+
 from whet.data.packing import Packing
 from whet.data.tokenize import IGNORED, Tokens, collate
 from whet.engine import swap

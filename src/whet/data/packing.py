@@ -18,6 +18,8 @@ from whet.data.tokenize import IGNORED, Tokens, collate
 if TYPE_CHECKING:
     import torch
 
+    from whet.engine.passes import PackedPass
+
 # Passes are padded up to a multiple of 1/32 of the longest where shapes should repeat (CUDA graphs): a
 # full pass then carries 1.6% padding on average.
 BUCKETS = 32
@@ -63,6 +65,21 @@ class Packing:
             return collate(rows, pad_token_id)
         num = sum(len(tokens.input_ids) for tokens in rows)
         return packed_batch(rows, pad_token_id, self.length_of(num) - num)
+
+    def packed_pass(self, rows: Sequence[Tokens], pad_token_id: int, rounded: bool) -> PackedPass:
+        """Describe a packed pass for the engine, on the host.
+
+        Args:
+            rows: Its examples.
+            pad_token_id: What padding is written as.
+            rounded: Also round up its documents and labelled rows.
+        """
+        from whet.engine.passes import pack_pass
+
+        num = sum(len(tokens.input_ids) for tokens in rows)
+        documents = [(tokens.input_ids, tokens.labels) for tokens in rows]
+        made = pack_pass(documents, pad_token_id, self.length_of(num) - num)
+        return made.rounded() if rounded else made
 
     def length_of(self, num_tokens: int) -> int:
         """Return the length that a packed pass of so many tokens is padded to."""

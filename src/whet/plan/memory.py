@@ -252,7 +252,7 @@ class PassModel:
     @property
     def traced(self) -> bool:
         """Whether passes are run on shapes; else what they save is guessed."""
-        return self.shaped.packs
+        return self.shaped.traced
 
     @cached_property
     def num_layers(self) -> int:

@@ -41,12 +41,14 @@ class ShapedModel:
         report: What became of each part.
         halved: It is bfloat16 where the real one is float32: torch's grouped product of experts has
             shapes for bfloat16 only.
+        traced: Whether passes run on it; else what they save is guessed.
     """
 
     model: Any
     mode: FakeTensorMode
     report: SwapReport
     halved: bool = False
+    traced: bool = True
 
     @property
     def packs(self) -> bool:
@@ -100,9 +102,10 @@ def shaped(
     if engine and seen is None and base.dtype is torch.float32:
         fake_(model, mode, torch.bfloat16)
         seen, halved = _observe(base, mode), True
-    if seen is None:
-        seen = "its layers do not run on packed tokens" if engine else "engine.enabled is off"
-    return ShapedModel(model, mode, attach(model, settings, seen), halved)
+    if not engine:
+        return ShapedModel(model, mode, SwapReport([]), traced=False)
+    unseen = "its layers do not run on shapes"
+    return ShapedModel(model, mode, attach(model, settings, seen or unseen), halved, seen is not None)
 
 
 def fake_(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> None:

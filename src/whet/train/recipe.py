@@ -17,6 +17,7 @@ from whet.config import Config
 from whet.data.report import PreparedData, prepare
 from whet.data.template import set_chat_template
 from whet.engine.embeddings import place_embeddings
+from whet.engine.graphs import LAUNCH_SECONDS, CudaRecorder, GraphedPasses, reason_against
 from whet.engine.swap import detach, met, set_policies, takes_packed
 from whet.engine.verify import compare_pass
 from whet.errors import Interrupted, WhetError
@@ -163,6 +164,9 @@ def _train(
     num_bytes = 12 * trainable * (config.train.keep_checkpoints + 1)
     require_free(run.path, num_bytes, "keeping the checkpoints")
     metrics, stop = Metrics(run, listener.progress, plan), StopAtSignal()
+    packs = config.pack.enabled and takes_packed(tuned)
+    graphs = _graphs(config, tuned, plan, packs, listener)
+    buckets = config.pack.buckets == "on" or (config.pack.buckets == "auto" and graphs is not None)
     with TemporaryDirectory() as start:
         if config.lora.init == "pissa" and config.train.parameters == "lora":
             _keep_pissa_start(tuned, start)
@@ -175,15 +179,12 @@ def _train(
             data.heldout,
             [metrics, stop],
             StepSettings(
-                replace(
-                    plan.packing,
-                    padded=not (config.pack.enabled and takes_packed(tuned)),
-                    buckets=config.pack.buckets == "on",
-                ),
+                replace(plan.packing, padded=not packs, buckets=buckets),
                 plan.flops_of,
                 partial(ease, tuned, plan),
                 partial(tell_event, metrics, listener),
                 checkpoints=any("recompute" in (p.qkv, p.gate_up) for p in plan.choice.policies),
+                graphs=graphs,
             ),
         )
         metrics.trainer = trainer
@@ -244,6 +245,35 @@ def _put_engine(
     for line in notes:
         listener.note(line)
     run.update_report(engine={**report.to_dict(), "taken_out": apart})
+
+
+def _graphs(
+    config: Config, model: CausalLM, plan: Plan, packs: bool, listener: Listener
+) -> GraphedPasses | None:
+    """Choose whether passes are recorded as CUDA graphs; where they cannot be, that is said."""
+    wish, on_cuda = config.engine.cuda_graphs, device().type == "cuda"
+    if wish == "off" or (wish == "auto" and not (on_cuda and _waits_for_launches(plan))):
+        return None
+    reason = "there is no CUDA device" if not on_cuda else reason_against(model)
+    if not packs:
+        reason = reason or "passes are padded rectangles"
+    if reason:
+        listener.note(f"no CUDA graphs: {reason}")
+        return None
+    listener.note("passes are recorded as CUDA graphs (engine.cuda_graphs)")
+    return GraphedPasses(
+        model, CudaRecorder(device()), lambda why: listener.note(f"no CUDA graphs: {why}")
+    )
+
+
+def _waits_for_launches(plan: Plan) -> bool:
+    """Estimate whether a layer's kernels are done before the next layer's are launched."""
+    num, lengths = plan.choice.tokens_per_pass, plan.workload.lengths
+    documents = max(1, num * len(lengths) // sum(lengths))
+    flops, _ = plan.flops_of([num // documents] * documents, 0)
+    layers, speed = len(plan.choice.policies), plan.target.speed
+    # Half of a step's operations are the forward pass where all weights are frozen, else a third.
+    return flops / 2 / layers / (speed.flops * speed.efficiency) < LAUNCH_SECONDS
 
 
 def _keep_pissa_start(model: Any, folder: str) -> None:

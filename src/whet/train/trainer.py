@@ -25,7 +25,7 @@ from whet.config import Config
 from whet.data.packing import Packing, StepSampler
 from whet.data.tokenize import Tokens
 from whet.engine.graphs import GraphedPasses
-from whet.engine.passes import PackedPass, pack_pass
+from whet.engine.passes import PackedPass
 from whet.engine.swap import fuses_head, report_of, takes_packed
 from whet.errors import WhetError
 from whet.model import CausalLM, Tokenizer
@@ -68,7 +68,7 @@ class StepSettings:
             keeps the least already.
         tell: Called with what happened, for metrics.jsonl, and a sentence for people.
         checkpoints: Recompute layers that keep their own code, as transformers does.
-        graphs: Records passes and replays them; None runs each as ever.
+        graphs: Records packed passes and replays them; None runs each as ever.
     """
 
     packing: Packing
@@ -235,43 +235,23 @@ class WhetTrainer(Trainer):
         self, model: Any, passes: list[list[Tokens]], num_items: torch.Tensor
     ) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
-        graphs = self.settings.graphs
-        if graphs is not None:
-            graphs.begin_step()
+        graphed = self.settings.graphs is not None and self.settings.graphs.begin_step()
         for number, group in enumerate(passes):
             with self.meter.phase("data"):
-                batch = self._make_batch(group, rounded=graphs is not None and not graphs.reason)
+                batch = self._make_batch(group, rounded=graphed)
             # Gradients of all processes meet in the last pass only.
             last = number == len(passes) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = None
-                if graphs is not None and isinstance(batch, PackedPass):
-                    self.at = (number, "forward")
-                    with self.meter.phase("backward"):  # both in one, this the most of it
-                        loss = graphs.run(batch, num_items, partial(self._learn, model))
-                if loss is None:
-                    loss = self._run_pass(model, batch, num_items, number)
-                total += loss
+                total += self._run_pass(model, batch, num_items, number, graphed)
         return total
 
-    def _make_batch(
-        self, group: Sequence[Tokens], rounded: bool
-    ) -> dict[str, torch.Tensor] | PackedPass:
-        """Make the tensors of a pass, on the device.
-
-        Args:
-            group: Its examples.
-            rounded: Make its shapes repeat.
-        """
-        if self.packing.padded or not (takes_packed(self.model) and fuses_head(self.model)):
-            return self._prepare_inputs(self.packing.batch(group, self._pad))
-        num = sum(len(tokens.input_ids) for tokens in group)
-        documents = [(tokens.input_ids, tokens.labels) for tokens in group]
-        batch = pack_pass(documents, self._pad, self.packing.length_of(num) - num)
-        return (batch.rounded() if rounded else batch).to(self.args.device)
+    def _make_batch(self, group: Sequence[Tokens], rounded: bool) -> Any:
+        if not self.packing.padded and takes_packed(self.model) and fuses_head(self.model):
+            return self.packing.packed_pass(group, self._pad, rounded).to(self.args.device)
+        return self._prepare_inputs(self.packing.batch(group, self._pad))
 
     def _learn(self, model: Any, batch: PackedPass, num_items: torch.Tensor) -> torch.Tensor:
-        """Run one pass forward and backward as it is recorded: without anything that looks at a clock."""
+        """Do what `_run_pass` does, with nothing between that cannot be recorded."""
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, batch, num_items_in_batch=num_items)
         self.accelerator.backward(loss)
@@ -282,14 +262,15 @@ class WhetTrainer(Trainer):
             self.settings.graphs.clear()
 
     def _run_pass(
-        self,
-        model: Any,
-        batch: dict[str, torch.Tensor] | PackedPass,
-        num_items: torch.Tensor,
-        number: int,
+        self, model: Any, batch: Any, num_items: torch.Tensor, number: int, graphed: bool = False
     ) -> torch.Tensor:
         """Run one pass forward and backward; return its part of the loss."""
         self.at = (number, "forward")
+        if graphed and self.settings.graphs is not None:
+            with self.meter.phase("backward"):  # forward too, but this is the most of it
+                loss = self.settings.graphs.run(batch, num_items, partial(self._learn, model))
+            if loss is not None:
+                return loss
         with self.meter.phase("forward"), self.compute_loss_context_manager():
             loss = self.compute_loss(model, batch, num_items_in_batch=num_items)
         self.at = (number, "backward")

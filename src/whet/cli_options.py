@@ -1,0 +1,49 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from whet.config_file import help_text
+from whet.errors import Interrupted
+
+
+class Commands(TyperGroup):
+    """Has Ctrl-C end any command with the shell's exit code, and not with typer's 1."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)  # pyright: ignore[reportArgumentType]
+        except KeyboardInterrupt as error:
+            raise Interrupted("stopped") from error
+
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML or JSON file.")]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, such as lora.rank=8."),
+]
+RunOrModel = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="Run folder, or any model name.")
+]
+DataFile = Annotated[
+    str | None,
+    typer.Option(help="Rows to use; default: the run's held-out rows (verify: a few sentences)."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+System = Annotated[
+    str | None, typer.Option(help="System prompt; a run's own is used when this is not given.")
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")]
+TopP = Annotated[float, typer.Option(help="Sample within this probability mass.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+
+
+def keys(*sections: str) -> str:
+    """Format config keys for a command's help; the backspace keeps click from joining lines."""
+    return f"\b\nConfig keys and their defaults:\n{help_text(*sections)}"
