@@ -44,7 +44,6 @@ from whet.errors import InputError, WhetError, did_you_mean
 if TYPE_CHECKING:
     from whet.trained import Loaded
 
-
 app = typer.Typer(
     name="whet",
     cls=Commands,
