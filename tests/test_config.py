@@ -151,6 +151,15 @@ def test_memory_is_read_as_people_write_it(text, num_bytes):
     assert parse_bytes(text) == num_bytes
 
 
+def test_on_and_off_are_the_words_they_are():
+    config = load_config(
+        parse_yaml("engine: {cuda_graphs: off, check: off}\npack: {buckets: on}"),
+        ["pack.buckets=off"],
+    )
+    assert (config.engine.cuda_graphs, config.engine.check, config.pack.buckets) == ("off",) * 3
+    assert load_config(parse_yaml(to_yaml(config))) == config
+
+
 @pytest.mark.parametrize("text", ["", "GB", "12 apples", "-3GB", "0", "1e9"])
 def test_what_is_no_memory_is_refused(text):
     with pytest.raises(ValueError, match="write 12GB"):

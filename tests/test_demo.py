@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from whet.chat import opening
 from whet.config_file import load_config
 from whet.data.template import render_prompt
 from whet.evaluate import compare
@@ -13,7 +14,6 @@ from whet.export.check import check_export
 from whet.export.weights import export_adapter, export_merged
 from whet.generate import Sampling, generate
 from whet.model.load import load_tokenizer
-from whet.chat import opening
 from whet.train.recipe import LogListener, fit
 from whet.trained import load_trained
 from whet.verification import verify_loaded

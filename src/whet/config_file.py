@@ -28,6 +28,13 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = copy.deepcopy(yaml.SafeLoader.yaml_implicit_resolvers)
+# YAML 1.1 reads on and off as booleans, which here are choices (`engine.cuda_graphs: off`).
+for _start in "oO":
+    _Loader.yaml_implicit_resolvers[_start] = [
+        resolver
+        for resolver in _Loader.yaml_implicit_resolvers[_start]
+        if resolver[0] != "tag:yaml.org,2002:bool"
+    ]
 # YAML 1.1 reads 1e-4 as text because it has no dot; every config of a trainer has such a number.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

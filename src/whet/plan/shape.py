@@ -105,7 +105,9 @@ def shaped(
     if not engine:
         return ShapedModel(model, mode, SwapReport([]), traced=False)
     unseen = "its layers do not run on shapes"
-    return ShapedModel(model, mode, attach(model, settings, seen or unseen), halved, seen is not None)
+    return ShapedModel(
+        model, mode, attach(model, settings, seen or unseen), halved, seen is not None
+    )
 
 
 def fake_(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> None:
