@@ -208,7 +208,8 @@ def test_the_command_shows_a_plan_without_weights(tiny_model, tmp_path, rows_fil
     shutil.copytree(tiny_model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     file = tmp_path / "c.yaml"
     file.write_text(
-        f"model: {{name: {bare}, dtype: float32}}\ndata: {{train: {rows_file}}}\ntrain: {{max_steps: 9}}\n"
+        f"model: {{name: {bare}, dtype: float32}}\n"
+        f"data: {{train: {rows_file}}}\ntrain: {{max_steps: 9}}\n"
     )
     shown = CliRunner().invoke(app, ["plan", str(file), "--device", "cpu"])
     assert shown.exit_code == 0, shown.output

@@ -275,7 +275,7 @@ class PassModel:
         layers = self._layers(traced, num_tokens, longest) if recomputes else traced.layers
         working = traced.working
         saved = {"hidden": traced.outside, **dict.fromkeys(POLICY_KINDS[1:], 0), "other": 0}
-        away = dict.fromkeys(POLICY_KINDS, 0)
+        away: dict[str, int] = {kind: 0 for kind in POLICY_KINDS}
         largest_away = 0
         for layer, policy in zip(layers, policies, strict=True):
             saved["other"] += layer["other"]

@@ -213,7 +213,7 @@ def quantise_shapes_(model: Any, dtype: torch.dtype) -> None:
         dtype: Type of the products.
     """
     from bitsandbytes.functional import QuantState
-    from bitsandbytes.nn import Params4bit
+    from bitsandbytes.nn.modules import Params4bit
     from transformers import BitsAndBytesConfig
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -243,9 +243,8 @@ def quantise_shapes_(model: Any, dtype: torch.dtype) -> None:
             quant_type="nf4", dtype=dtype, offset=empty(), state2=double,
         )  # fmt: skip
         packed = empty(-(-shape.numel() // 2), 1, dtype=torch.uint8)
-        module.weight = Params4bit(
-            packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True
-        )
+        options: dict[str, Any] = {"quant_state": state, "quant_type": "nf4", "bnb_quantized": True}
+        module.weight = Params4bit(packed, requires_grad=False, **options)
         module.compute_type_is_set = True
         module.support_avx512bf16_for_cpu = False
     model.is_loaded_in_4bit = True

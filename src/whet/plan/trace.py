@@ -112,7 +112,7 @@ def guess_pass(shaped: ShapedModel, num_tokens: int) -> PassTrace:
     layers, largest = [], 0
     for block in decoder_layers(decoder_of(base)):
         sides = [
-            sum(p.quant_state.shape if hasattr(p, "quant_state") else p.shape[-2:])
+            sum(getattr(getattr(p, "quant_state", None), "shape", p.shape)[-2:])
             for p in block.parameters()
             if p.ndim >= 2
         ]

@@ -28,7 +28,7 @@ class Meter:
 
     device: torch.device
     counts: Counter[str] = field(default_factory=Counter)
-    _seconds: Counter[str] = field(default_factory=Counter)
+    _seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     _events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     def add(self, **counts: float) -> None:
@@ -56,7 +56,7 @@ class Meter:
     def forget(self) -> None:
         """Start again from nothing."""
         self.counts.clear()
-        self._seconds.clear()
+        self._seconds = dict.fromkeys(PHASES, 0.0)
         self._events.clear()
 
     def take(self) -> tuple[Counter[str], dict[str, float]]:
@@ -65,6 +65,6 @@ class Meter:
             last.synchronize()
             self._seconds[name] += first.elapsed_time(last) / 1000
         counts = Counter(self.counts)
-        seconds = {name: float(self._seconds[name]) for name in PHASES}
+        seconds = dict(self._seconds)
         self.forget()
         return counts, seconds

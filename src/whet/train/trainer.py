@@ -117,7 +117,7 @@ class WhetTrainer(Trainer):
             train_dataset=TokenDataset(train),
             eval_dataset=TokenDataset(heldout) if heldout else None,
             processing_class=tokenizer,
-            data_collator=list,
+            data_collator=list,  # type: ignore[arg-type]
             callbacks=callbacks,
         )
         self.meter = Meter(self.args.device)
@@ -166,8 +166,9 @@ class WhetTrainer(Trainer):
         """
         del num_items_in_batch
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
-            self.optimizer.train()
+        turn = getattr(self.optimizer, "train", None)  # schedule-free optimizers
+        if callable(turn):
+            turn()
         rows: list[Tokens] = list(inputs)
         num_items = self._count_items(rows)
         state = RandomState.take()
@@ -228,7 +229,7 @@ class WhetTrainer(Trainer):
         """Count the labels of the step over all processes; 1 when there is none."""
         num = torch.tensor(sum(tokens.num_labels for tokens in rows), device=self.args.device)
         if self.accelerator.num_processes > 1:
-            num = self.accelerator.gather(num).sum()
+            num = self.accelerator.gather(num).sum()  # type: ignore[union-attr]
         return num.clamp(min=1)
 
     def _run_passes(
