@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from whet.config import Config
+from whet.data.report import prepare
+from whet.data.template import set_chat_template
 from whet.errors import InputError
-from whet.model.load import choose_dtype
+from whet.model.load import choose_dtype, load_tokenizer, max_length
+from whet.model.load import device as here
 from whet.plan.plan import Plan, make_plan, workload_of
 from whet.plan.target import target_of
 
@@ -22,25 +28,20 @@ def plan_config(config: Config, device: str | None = None, memory: str | None = 
     Raises:
         InputError: The model, the card or the amount is not known.
     """
-    from dataclasses import replace
-
-    from whet.model.load import max_length
-
     limit = max_length(config.model)
     dtype, _ = choose_dtype(config.model.dtype, config.train.parameters != "lora")
     lengths, num_labels, why = _read_lengths(config, limit)
     workload = workload_of(config, lengths, num_labels, limit)
     target = target_of(device, memory or config.plan.memory, dtype, named=memory is not None)
+    if target.device == "cuda" != here().type and not config.model.dtype:
+        # The card is not here to be asked; what is sold today computes bfloat16.
+        dtype = torch.bfloat16 if config.train.parameters == "lora" else torch.float32
     plan = make_plan(config, workload, target, dtype)
     return replace(plan, notes=(*plan.notes, *([why] if why else [])))
 
 
 def _read_lengths(config: Config, limit: int) -> tuple[list[int] | None, int, str]:
     """Return the examples' lengths, the labels among them, and why they could not be read."""
-    from whet.data.report import prepare
-    from whet.data.template import set_chat_template
-    from whet.model.load import load_tokenizer
-
     sources = config.data.train
     sources = [sources] if isinstance(sources, str) else sources
     if not all(sources) or not sources:
@@ -52,7 +53,12 @@ def _read_lengths(config: Config, limit: int) -> tuple[list[int] | None, int, st
     except InputError:
         return None, 0, f"'{config.model.name}' has no tokenizer here to measure the data with"
     template = set_chat_template(tokenizer, config.model.chat_template)
-    data = prepare(config.data, tokenizer, limit, template)
+    try:
+        data = prepare(config.data, tokenizer, limit, template)
+    except InputError as error:
+        if all(Path(s).exists() for s in sources):
+            raise
+        return None, 0, f"the data is not here: {error}"  # a Hub id, without a network
     return (
         [len(tokens.input_ids) for tokens in data.train],
         sum(tokens.num_labels for tokens in data.train),

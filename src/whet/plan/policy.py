@@ -303,7 +303,8 @@ def describe(policies: Sequence[Policy]) -> dict[str, str]:
         if len(ways) == 1:
             found[kind] = ways[0]
         else:
-            found[kind] = ", ".join(f"{way} in {choices.count(way)} layers" for way in ways)
+            counts = [(way, choices.count(way)) for way in ways]
+            found[kind] = ", ".join(f"{way} in {n} layer{'s' * (n > 1)}" for way, n in counts)
     return found
 
 
