@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from whet.plan.plan import Plan
     from whet.train.callbacks import Progress
 
+BAR_WIDTH = 16
 _COLOURS = {"ok": "green", "warn": "yellow", "fault": "red"}
 
 
@@ -75,20 +76,34 @@ class Terminal:
 
     def progress(self, progress: Progress) -> None:
         """Show one log step: a moving bar on a terminal, a line elsewhere."""
-        text = (
-            f"loss {progress.loss:.4f}  lr {progress.learning_rate:.1e}  "
-            f"{progress.tokens_per_second:,.0f} tokens/s ({progress.labelled_per_second:,.0f} learned)  "
-            f"MFU {progress.mfu:.0%}  {progress.memory_bytes / 2**30:.2f} of "
-            f"{progress.planned_bytes / 2**30:.2f} GiB  ETA {clock(progress.eta_seconds)}"
-        )
+        parts = [
+            f"loss {progress.loss:.4f}",
+            f"ETA {clock(progress.eta_seconds)}",
+            f"{progress.tokens_per_second:,.0f} tokens/s",
+            f"{progress.memory_bytes / 2**30:.2f} of {progress.planned_bytes / 2**30:.2f} GiB",
+            f"MFU {progress.mfu:.0%}",
+            f"lr {progress.learning_rate:.1e}",
+            f"{progress.labelled_per_second:,.0f} learned/s",
+        ]
         if not self.out.is_terminal:
-            self.out.print(f"step {progress.step}/{progress.num_steps}  {text}")
+            self.out.print(f"step {progress.step}/{progress.num_steps}  {'  '.join(parts)}")
             return
+        # What is said first is worth most; the rest is left out where the terminal is narrow.
+        room = (
+            self.out.width
+            - BAR_WIDTH
+            - len(f"  step {progress.num_steps}/{progress.num_steps}")
+            - 4
+        )
+        while len("  ".join(parts)) > room and len(parts) > 2:
+            parts.pop()
         if self._bar is None:
             self._bar = _make_bar(self.out)
             self._bar.add_task("", total=progress.num_steps)
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=progress.step, description=text)
+        self._bar.update(
+            self._bar.task_ids[0], completed=progress.step, description="  ".join(parts)
+        )
 
     def finish(self) -> None:
         """Leave the last state of the bar on the screen."""
@@ -101,7 +116,7 @@ def _make_bar(out: Console) -> Bar:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     return Progress(
-        TextColumn("  step"), MofNCompleteColumn(), BarColumn(bar_width=24),
+        TextColumn("  step"), MofNCompleteColumn(), BarColumn(bar_width=BAR_WIDTH),
         TextColumn("{task.description}"), console=out,
     )  # fmt: skip
 
