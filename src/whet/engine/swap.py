@@ -240,8 +240,8 @@ def base_of(model: Any) -> Any:
 def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
     """Return the decoder's layers: its largest list of modules; none when it has no list."""
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not lists:
-        return []
+    if len(lists) <= 1:
+        return list(lists[0]) if lists else []
     return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
 
 

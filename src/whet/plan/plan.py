@@ -256,7 +256,7 @@ def longest_that_fits(chooser: Chooser) -> int:
         slope = (b - a) / size
         return int(2 * size + (limit - b) / slope) if slope > 0 else 2**20
 
-    size = 8192
+    size = max(1024, chooser.sizes()[-1])
     (near, near_away), (far, far_away) = need(size), need(2 * size)
     guess = along(near, far, room)
     if chooser.target.device == "cuda" and far_away:

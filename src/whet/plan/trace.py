@@ -79,10 +79,15 @@ def trace_pass(
     counter = AllocationCounter()
     with shaped.mode, first_layers(decoder, shown) as blocks, _as_in_training(base):
         layers = _LayerCounts(base, blocks, shaped.halved)
-        packed = from_lengths(list(lengths))
-        ids = torch.zeros((1, sum(lengths)), dtype=torch.long)
+        packed, weight = from_lengths(list(lengths)), base.get_input_embeddings().weight
+        # Where nothing is trained in front, nothing is saved until something is.
+        trained = weight.requires_grad or any(p.requires_grad for p in blocks[0].parameters())
         with planned_workspaces(device) as workspaces, layers, counter:
-            output = decoder(input_ids=ids, whet_packed=packed, use_cache=False)
+            # What a layer in the middle is handed: a gradient goes back through it.
+            x = torch.empty(
+                (1, sum(lengths), weight.shape[1]), dtype=weight.dtype, requires_grad=trained
+            )
+            output = decoder(inputs_embeds=x, whet_packed=packed, use_cache=False)
             hidden = output.last_hidden_state
             kept = counter.now - sum(buffer.numel() for buffer in workspaces.values())
             peak_forward = counter.peak - kept
@@ -133,8 +138,8 @@ def _alike(blocks: Sequence[nn.Module]) -> list[int]:
         spec = record.spec if isinstance(record, LayerRecord) else type(block)
         shapes = tuple((n, p.shape, p.requires_grad) for n, p in block.named_parameters())
         policy = record.policy if isinstance(record, LayerRecord) else None
-        found.append(first.setdefault((spec, policy, shapes, reached), number))
         reached = reached or any(p.requires_grad for p in block.parameters())
+        found.append(first.setdefault((spec, policy, shapes, reached), number))
     return found
 
 

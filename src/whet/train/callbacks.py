@@ -8,8 +8,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,7 @@ class Metrics(TrainerCallback):
         self._start = self._last = 0.0
         self._first_step = self._last_step = 0
         self._stepping = ExitStack()
+        self.peak_before = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -87,6 +89,7 @@ class Metrics(TrainerCallback):
         self._start = self._last = time.perf_counter()
         self._first_step = self._last_step = state.global_step
         self.trainer.meter.forget()
+        self.peak_before = forget_peak_memory()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -229,3 +232,21 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget_peak_memory() -> int:
+    """Let the peak begin anew, where the system can, and return what it was."""
+    import ctypes
+    import gc
+
+    import torch
+
+    before = peak_memory_bytes()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return before
+    with suppress(OSError, AttributeError):  # Linux with glibc
+        ctypes.CDLL(None).malloc_trim(0)  # what an evaluation used, and the allocator has kept
+        Path("/proc/self/clear_refs").write_text("5")
+    return before

@@ -88,7 +88,8 @@ def fit(config: Config, resume: bool = False, listener: Listener | None = None) 
             _write_evaluation(run, tuned=tuned, tuned_samples=samples)
             write_samples(run, base_samples, samples)
             plot_loss(run)
-        run.update_report(seconds=time.perf_counter() - started, peak_bytes=peak_memory_bytes())
+        peak = max(run.report.get("peak_bytes", 0), peak_memory_bytes())
+        run.update_report(seconds=time.perf_counter() - started, peak_bytes=peak)
     return run
 
 
@@ -202,7 +203,10 @@ def _train(
                 fix="go on with the same command and --resume",
             )
         _save_weights(run, config, tuned, tokenizer, start)
+    while_training = peak_memory_bytes()
     run.update_report(
+        peak_bytes=max(metrics.peak_before, while_training),
+        training_peak_bytes=while_training,
         training={
             "steps": done, "tokens_seen": trainer.tokens_seen,
             "parameters_trained": trainable, "parameters": total,
