@@ -64,7 +64,7 @@ CARDS = {
     "H200": (989, 4800, 141),
 }
 PCIE = 12e9  # what pinned copies reach on PCIe 3 x16 or 4 x8; assumed
-CUDA_EFFICIENCY, CPU_EFFICIENCY = 0.45, 0.5
+CUDA_EFFICIENCY, CPU_EFFICIENCY = 0.45, 0.4
 
 
 def card_speed(name: str) -> Speed | None:
