@@ -155,6 +155,14 @@ def test_the_probe_that_runs_out_of_memory_makes_the_passes_smaller(plain, monke
     assert losses(run) == pytest.approx(losses(whole), abs=1e-5)
 
 
+def test_an_optimizer_that_steps_in_the_backward_pass_has_one_pass_and_no_second_try():
+    survive.check_one_pass(1)
+    with pytest.raises(WhetError, match="2 passes; lower train.batch_size"):
+        survive.check_one_pass(2)
+    with pytest.raises(WhetError, match="out of memory"):
+        survive.check_one_pass(1, "CUDA out of memory")
+
+
 class Moments(torch.optim.SGD):
     """Fails at given steps, before it writes or after."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from whet.data.tokenize import Tokens
 from whet.engine.memory import release_workspaces
 from whet.engine.offload import release_offload_buffers
 from whet.errors import WhetError
@@ -40,6 +41,39 @@ def free_memory() -> None:
     release_offload_buffers()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def does_not_fit(example: Tokens, reason: str) -> WhetError:
+    """Return the error of a run in which one example alone does not fit.
+
+    Args:
+        example: Which.
+        reason: What the allocator said.
+    """
+    return WhetError(
+        f"one example alone does not fit into the memory: {example.where}",
+        f"{len(example.input_ids):,} tokens; {reason}",
+        "lower model.max_length below that, or set model.load_in_4bit: true, "
+        "plan.embeddings: cpu or train.optimizer: adamw_8bit; then go on with --resume",
+    )
+
+
+def check_one_pass(num_passes: int, reason: str = "") -> None:
+    """Refuse what an optimizer that steps inside the backward pass (LOMO) cannot do.
+
+    Args:
+        num_passes: Of the step: each would be a step of its own.
+        reason: Why the step would be run again: weights have been changed already.
+
+    Raises:
+        WhetError: There are several passes, or a reason.
+    """
+    if num_passes > 1 or reason:
+        raise WhetError(
+            "this optimizer steps inside the backward pass, so that a step must be one pass",
+            reason or f"{num_passes} passes",
+            "lower train.batch_size or model.max_length, or take another train.optimizer",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
@@ -27,7 +27,6 @@ from whet.data.tokenize import Tokens
 from whet.engine.graphs import GraphedPasses
 from whet.engine.passes import PackedPass
 from whet.engine.swap import fuses_head, report_of, takes_packed
-from whet.errors import WhetError
 from whet.model import CausalLM, Tokenizer
 from whet.model.loss import summed_loss
 from whet.runs import RunFolder, whole_folder
@@ -35,25 +34,14 @@ from whet.train.arguments import training_arguments
 from whet.train.meter import Meter
 from whet.train.survive import (
     RandomState,
+    check_one_pass,
+    does_not_fit,
     free_memory,
     is_out_of_memory,
     step_again_when_out_of_memory_,
 )
 
 Measured = TypeVar("Measured")
-
-
-class TokenDataset(Dataset[Tokens]):
-    """Tokenised rows, as the Trainer's loader wants them."""
-
-    def __init__(self, rows: Sequence[Tokens]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Tokens:
-        return self.rows[index]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +102,8 @@ class WhetTrainer(Trainer):
             args=training_arguments(
                 config, run, checkpoints=settings.checkpoints and _has_own_code(model)
             ),
-            train_dataset=TokenDataset(train),
-            eval_dataset=TokenDataset(heldout) if heldout else None,
+            train_dataset=train,  # type: ignore[arg-type]
+            eval_dataset=heldout or None,  # type: ignore[arg-type]
             processing_class=tokenizer,
             data_collator=list,  # type: ignore[arg-type]
             callbacks=callbacks,
@@ -128,11 +116,11 @@ class WhetTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return a loader whose batches are the rows of whole optimizer steps."""
-        assert isinstance(self.train_dataset, TokenDataset)
+        rows: Any = self.train_dataset
         train = self.whet_config.train
-        lengths = [len(tokens.input_ids) for tokens in self.train_dataset.rows]
+        lengths = [len(tokens.input_ids) for tokens in rows]
         sampler = StepSampler(lengths, train.batch_size, train.seed, train.batch_tokens)
-        loader = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=list)
+        loader = DataLoader(rows, batch_sampler=sampler, collate_fn=list)
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -174,6 +162,8 @@ class WhetTrainer(Trainer):
         state = RandomState.take()
         while True:
             passes = self.packing.passes(rows)
+            if self._steps_in_backward:
+                check_one_pass(len(passes))
             try:
                 loss = self._run_passes(model, passes, num_items)
                 break
@@ -181,6 +171,8 @@ class WhetTrainer(Trainer):
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).strip().split("\n")[0]
+            if self._steps_in_backward:
+                check_one_pass(len(passes), reason)
             # Outside of the handler, whose traceback holds the tensors of the failed pass.
             model.zero_grad()
             self._forget_graphs()
@@ -220,6 +212,10 @@ class WhetTrainer(Trainer):
         free_memory()
         self._make_room([rows], reason)
         return None
+
+    @property
+    def _steps_in_backward(self) -> bool:
+        return self.args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
 
     @property
     def _pad(self) -> int:
@@ -276,8 +272,8 @@ class WhetTrainer(Trainer):
             loss = self.compute_loss(model, batch, num_items_in_batch=num_items)
         self.at = (number, "backward")
         options: dict[str, Any] = {}
-        if self.args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
-            options["learning_rate"] = self._get_learning_rate()  # it steps in the backward pass
+        if self._steps_in_backward:
+            options["learning_rate"] = self._get_learning_rate()
         with self.meter.phase("backward"):
             self.accelerator.backward(loss, **options)
         return loss.detach()
@@ -319,12 +315,7 @@ class WhetTrainer(Trainer):
             event["policy"] = eased
             text += f"the step runs again with saved tensors {eased}"
         else:
-            raise WhetError(
-                f"one example alone does not fit into the memory: {failed[0].where}",
-                f"{len(failed[0].input_ids):,} tokens; {reason}",
-                "lower model.max_length below that, or set model.load_in_4bit: true, "
-                "plan.embeddings: cpu or train.optimizer: adamw_8bit; then go on with --resume",
-            )
+            raise does_not_fit(failed[0], reason)
         self.settings.tell(event, text)
 
     def _tell_of_the_optimizer(self, text: str) -> None:
@@ -354,8 +345,9 @@ class WhetTrainer(Trainer):
         """Measure the held-out loss, weighted by tokens, and log it."""
         from whet.evaluate import mean_loss
 
-        assert isinstance(self.eval_dataset, TokenDataset) and self.model is not None
-        rows = self.eval_dataset.rows[: self.whet_config.eval.max_rows]
+        rows: Any = self.eval_dataset
+        rows = rows[: self.whet_config.eval.max_rows]
+        assert self.model is not None
         self.model.eval()
         loss, _count = mean_loss(self.model, rows, self.whet_config.eval.batch_size)
         metrics = {"eval_loss": loss}
