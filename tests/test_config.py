@@ -151,6 +151,15 @@ def test_memory_is_read_as_people_write_it(text, num_bytes):
     assert parse_bytes(text) == num_bytes
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("gradient_checkpointing", "plan.policy"), ("examples_per_pass", "plan.tokens_per_pass"),
+     ("use_gradient_checkpointing", "plan.policy"), ("micro_batch_size", "plan.tokens_per_pass")],
+)  # fmt: skip
+def test_keys_that_the_planner_replaced_name_its_own(key, meant):
+    assert f"did you mean `{meant}`?" in mistakes({"train": {key: 1}})
+
+
 def test_on_and_off_are_the_words_they_are():
     config = load_config(
         parse_yaml("engine: {cuda_graphs: off, check: off}\npack: {buckets: on}"),

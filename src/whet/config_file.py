@@ -260,11 +260,13 @@ def _unknown_key(key: str) -> str:
 def _meant_key(key: str) -> str | None:
     """Find the key somebody meant: in its own section, under that name elsewhere, or close to it."""
     *head, last = key.split(".")
+    if last in _FOREIGN_NAMES:  # a name that is known is no slip of the pen for one that is like it
+        return _FOREIGN_NAMES[last]
     if head and (guess := did_you_mean(last, sections()[head[0]].model_fields)):
         return f"{head[0]}.{guess}"
     names = {known.rsplit(".", 1)[-1]: known for known in reversed(known_keys())}
-    if last in names or last in _FOREIGN_NAMES:
-        return names.get(last) or _FOREIGN_NAMES[last]
+    if last in names:
+        return names[last]
     if not head and (guess := did_you_mean(last, Config.model_fields)):
         return guess
     guess = did_you_mean(last, names)
