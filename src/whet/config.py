@@ -99,9 +99,10 @@ class DataSection(Section):
     heldout_fraction: float = Field(default=0.0, ge=0, le=0.5)
     """Share of the training rows set aside for evaluation when `heldout` is null; the same rows each
     time, and copies of a row stay on one side."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text"] = "auto"
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text", "tokens"] = "auto"
     """Layout of a row: messages ([{role, content}]), sharegpt (conversations [{from, value}]), alpaca
-    (instruction, input, output), prompt (prompt, completion), text; auto looks at the first row."""
+    (instruction, input, output), prompt (prompt, completion), text, or tokens (input_ids, and labels
+    with -100 where nothing is learned); auto looks at the first row."""
     columns: dict[str, str] = {}
     """Where the format's columns are in your file, such as {instruction: question, output: answer}."""
     system: str | None = None
@@ -148,6 +149,8 @@ class TrainSection(Section):
     quarter of the memory), paged_adamw_8bit (CUDA: moved out when memory is short), sgd, ..."""
     seed: int = Field(default=3407, ge=0)
     """Seed of the adapter's start, the order of the rows and dropout."""
+    shuffle: bool = True
+    """Draw the order of the rows anew for each epoch; false keeps the order of the files."""
     log_steps: int = Field(default=1, ge=1)
     """Steps between two lines of metrics.jsonl."""
     checkpoint_steps: int | None = Field(default=200, ge=1)

@@ -42,6 +42,30 @@ def test_text_is_text():
     assert to_example(row(body="x"), "text", {"text": "body"}, None).text == "x"
 
 
+def test_token_ids_are_taken_as_they_are():
+    found = to_example(row(input_ids=[5, 6, 7], labels=[-100, 6, 7]), "tokens", {}, "a system")
+    assert isinstance(found, Example)
+    assert (found.input_ids, found.labels) == ((5, 6, 7), (-100, 6, 7))
+    whole = to_example(row(input_ids=[5, 6, 7]), "tokens", {}, None)
+    assert isinstance(whole, Example) and whole.labels == (5, 6, 7)
+    assert detect_format(row(input_ids=[5, 6]), {}) == "tokens"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"input_ids": "5 6"}, "list of integers"),
+        ({"input_ids": [5, True]}, "list of integers"),
+        ({"input_ids": [5, 6], "labels": [6]}, "2 input_ids and 1 labels"),
+        ({"input_ids": [5]}, "needs two tokens"),
+        ({"input_ids": [5, 6, 7], "labels": [6, 7, -100]}, "labels are not shifted"),
+    ],
+)
+def test_token_ids_that_cannot_be_right_are_a_fault(values, words):
+    found = to_example(row(**values), "tokens", {}, None)
+    assert isinstance(found, Fault) and words in str(found)
+
+
 def test_the_system_prompt_is_added_only_where_there_is_none():
     plain = to_example(row(messages=list(SAID)), "messages", {}, "be brief")
     assert plain.messages[0] == {"role": "system", "content": "be brief"}

@@ -110,6 +110,10 @@ def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone():
     assert orders[0] == orders[2] != orders[1]
 
 
+def test_rows_keep_their_order_without_a_seed():
+    assert list(StepSampler([1] * 5, batch_size=2, seed=None)) == [[0, 1], [2, 3], [4]]
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 7, 64, 500, 10_000])
 def test_steps_of_so_many_tokens_use_every_row_once_in_as_many_steps_as_told(batch_tokens):
     chosen = random.Random(batch_tokens)

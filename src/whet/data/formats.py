@@ -23,6 +23,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "alpaca": (("instruction", "output"), ("input", "system")),
     "prompt": (("prompt", "completion"), ("system",)),
     "text": (("text",), ()),
+    "tokens": (("input_ids",), ("labels",)),
 }
 _ROLES = {
     "system": "system", "user": "user", "assistant": "assistant",
@@ -38,17 +39,23 @@ class Example:
         where: The place it came from, such as `rows.jsonl:3`.
         messages: The conversation, as role and content; empty for plain text.
         text: The plain text; empty for a conversation.
+        input_ids: The token ids of a row that is tokenised already; empty for the others.
+        labels: Their labels.
         notes: What is odd about it and was let pass, one sentence each.
     """
 
     where: str
     messages: tuple[Message, ...] = ()
     text: str = ""
+    input_ids: tuple[int, ...] = ()
+    labels: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         """What makes two examples the same."""
+        if self.input_ids:
+            return repr((self.input_ids, self.labels))
         return self.text or repr([(m["role"], m["content"]) for m in self.messages])
 
 
@@ -132,6 +139,8 @@ def to_example(row: Row, name: str, columns: dict[str, str], system: str | None)
     try:
         if name == "text":
             return Example(row.where, text=_texts(values, needed=("text",))["text"])
+        if name == "tokens":
+            return _from_tokens(row.where, values)
         messages = _CONVERSATIONS[name](values)
         prompt = _texts(values, optional=("system",))["system"] or system
     except _Unusable as error:
@@ -172,6 +181,25 @@ def _from_alpaca(values: dict[str, Any]) -> list[Message]:
 def _from_prompt(values: dict[str, Any]) -> list[Message]:
     text = _texts(values, needed=("prompt", "completion"))
     return _turns(text["prompt"], text["completion"])
+
+
+def _from_tokens(where: str, values: dict[str, Any]) -> Example:
+    ids = values["input_ids"]
+    labels = ids if values["labels"] is None else values["labels"]
+    for column, found in (("input_ids", ids), ("labels", labels)):
+        if not isinstance(found, list) or any(type(i) is not int for i in found):
+            raise _Unusable(f"'{column}' must be a list of integers")
+    if len(ids) != len(labels):
+        raise _Unusable(f"has {len(ids)} input_ids and {len(labels)} labels")
+    if len(ids) < 2:
+        raise _Unusable("'input_ids' needs two tokens, one to predict from and one to predict")
+    for place, (id_, label) in enumerate(zip(ids, labels, strict=True)):
+        if label not in (id_, -100):
+            raise _Unusable(
+                f"label {label} at place {place} is neither -100 nor the token's own id {id_}; "
+                "labels are not shifted"
+            )
+    return Example(where, input_ids=tuple(ids), labels=tuple(labels))
 
 
 def _turns(question: str, answer: str) -> list[Message]:

@@ -190,11 +190,15 @@ class StepSampler:
         batch_size: Rows of one step; not used with `batch_tokens`.
         batch_tokens: Tokens of one step, on average: as many steps as the epoch's tokens make at that
             size, each taking rows until its share of them is reached.
-        seed: Seed of the run.
+        seed: Seed of the run; None keeps the rows in their order.
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, batch_tokens: int | None = None
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int | None,
+        batch_tokens: int | None = None,
     ) -> None:
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
         self.batch_tokens = batch_tokens
@@ -209,12 +213,17 @@ class StepSampler:
             return -(-len(self.lengths) // self.batch_size)
         return min(len(self.lengths), -(-sum(self.lengths) // self.batch_tokens))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def _order(self) -> list[int]:
         import torch
 
+        if self.seed is None:
+            return list(range(len(self.lengths)))
         # Seeds of neighbouring runs and epochs must not meet: seed 1, epoch 1 is not seed 2, epoch 0.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        return torch.randperm(len(self.lengths), generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order()
         if self.batch_tokens is None:
             for start in range(0, len(order), self.batch_size):
                 yield order[start : start + self.batch_size]

@@ -194,7 +194,7 @@ def _read_split(
                 faults.append(item)
             elif isinstance(item, Example):
                 report.notes += _note(report, item)
-                if item.messages or item.text:
+                if item.messages or item.text or item.input_ids:
                     examples.append(item)
                 else:
                     report.rows_without_labels += 1

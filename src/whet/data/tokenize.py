@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from whet.data.formats import Example
 from whet.data.template import render
+from whet.errors import InputError
 from whet.model import Tokenizer
 
 if TYPE_CHECKING:
@@ -63,9 +64,15 @@ def tokenize(
 
     Yields:
         One Tokens for a conversation, one a window for a text.
+
+    Raises:
+        InputError: A row that is tokenised already has ids this tokenizer does not have.
     """
     if example.messages:
         yield _tokenize_conversation(example, tokenizer, max_length, loss_on)
+        return
+    if example.input_ids:
+        yield _cut(example, tokenizer, max_length)
         return
     ids = list(tokenizer(example.text, verbose=False)["input_ids"])
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
@@ -100,6 +107,24 @@ def _tokenize_conversation(
         num_truncated=max(0, len(ids) - max_length),
         num_lost_labels=sum(label != IGNORED for label in lost),
         has_end=_last_label(kept) in special,
+    )
+
+
+def _cut(example: Example, tokenizer: Tokenizer, max_length: int) -> Tokens:
+    """Take a row that is tokenised already, with the labels it has."""
+    ids, labels = list(example.input_ids), list(example.labels)
+    num = len(tokenizer)
+    if wrong := [i for i in ids if not 0 <= i < num]:
+        raise InputError(
+            f"{example.where}: token id {wrong[0]} is not one of the tokenizer's {num}",
+            fix="tokenise the rows with this model's tokenizer",
+        )
+    return Tokens(
+        ids[:max_length],
+        labels[:max_length],
+        example.where,
+        num_truncated=max(0, len(ids) - max_length),
+        num_lost_labels=sum(label != IGNORED for label in labels[max_length:]),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from whet.data.formats import Example
 from whet.data.report import read_examples
 from whet.data.template import render
 from whet.errors import InputError
@@ -104,10 +105,15 @@ def _texts(run: RunFolder, tokenizer: Tokenizer) -> list[str]:
         found = read_examples(data, [sources] if isinstance(sources, str) else sources)
     except InputError:  # the rows have moved since; any text shows whether the weights are right
         return list(_FALLBACK_TEXTS)
-    return [
-        render(tokenizer, example.messages).text if example.messages else example.text[:2000]
-        for example in found[:_NUM_ROWS]
-    ] or list(_FALLBACK_TEXTS)
+    return [_text(tokenizer, example) for example in found[:_NUM_ROWS]] or list(_FALLBACK_TEXTS)
+
+
+def _text(tokenizer: Tokenizer, example: Example) -> str:
+    if example.messages:
+        return render(tokenizer, example.messages).text
+    if example.input_ids:
+        return str(tokenizer.decode(example.input_ids[:500]))
+    return example.text[:2000]
 
 
 def _logits(model: Any, rows: list[torch.Tensor]) -> list[torch.Tensor]:

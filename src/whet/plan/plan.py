@@ -107,14 +107,15 @@ def workload_of(config: Config, lengths: list[int] | None, num_labels: int, limi
     known = lengths is not None
     if lengths is None:
         lengths = [limit] * max(train.batch_size, 2 * (train.batch_tokens or 0) // limit, 1)
-    steps = len(StepSampler(lengths, train.batch_size, train.seed, train.batch_tokens))
+    seed = train.seed if train.shuffle else None
+    steps = len(StepSampler(lengths, train.batch_size, seed, train.batch_tokens))
     return Workload(
         lengths=tuple(lengths),
         label_share=num_labels / sum(lengths) if known else 1.0,
         batch_size=train.batch_size,
         batch_tokens=train.batch_tokens,
         num_steps=train.max_steps or max(1, round(train.epochs * steps)),
-        seed=train.seed,
+        seed=seed,
         known=known,
     )
 

@@ -31,7 +31,7 @@ class Workload:
         batch_size: Examples of one step.
         batch_tokens: Tokens of one step instead, or None.
         num_steps: Optimizer steps of the run.
-        seed: Of the order of the examples.
+        seed: Of the order of the examples; None when that is the order of the files.
         known: Whether the lengths are those of the data; else every example is taken to be as long as
             the config allows.
     """
@@ -41,7 +41,7 @@ class Workload:
     batch_size: int
     batch_tokens: int | None
     num_steps: int
-    seed: int
+    seed: int | None
     known: bool
 
     @property

@@ -7,11 +7,12 @@ in a Listener and show what it hears; this module prints nothing.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from whet.config import Config
 from whet.data.report import PreparedData, prepare
@@ -41,14 +42,23 @@ from whet.train.planning import ease, plan_run, probe_run, tell_event
 from whet.train.plot import plot_loss
 from whet.train.trainer import StepSettings, WhetTrainer
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
-def fit(config: Config, resume: bool = False, listener: Listener | None = None) -> RunFolder:
+
+def fit(
+    config: Config,
+    resume: bool = False,
+    listener: Listener | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> RunFolder:
     """Train as a config says.
 
     Args:
         config: A checked config.
         resume: Go on with the run of that name from its newest checkpoint.
         listener: Hears what happens; None logs it.
+        callbacks: Callbacks of transformers' Trainer, called after whet's own.
 
     Returns:
         The folder of the finished run.
@@ -81,7 +91,7 @@ def fit(config: Config, resume: bool = False, listener: Listener | None = None) 
         _write_report_head(run, config, data)
         model = _load(config, listener)
         base_samples = _measure_base(run, config, model, tokenizer, data, listener)
-        model = _train(run, config, model, tokenizer, data, plan, checkpoint, listener)
+        model = _train(run, config, model, tokenizer, data, plan, checkpoint, listener, callbacks)
         if data.heldout:
             listener.stage("measuring the tuned model")
             tuned, samples = evaluate(model, tokenizer, data, config.eval)
@@ -149,6 +159,7 @@ def _train(
     plan: Plan,
     checkpoint: Path | None,
     listener: Listener,
+    callbacks: Sequence[TrainerCallback],
 ) -> CausalLM:
     from transformers import set_seed
 
@@ -178,7 +189,7 @@ def _train(
             run,
             data.train,
             data.heldout,
-            [metrics, stop],
+            [metrics, stop, *callbacks],
             StepSettings(
                 replace(plan.packing, padded=not packs, buckets=buckets),
                 plan.flops_of,

@@ -119,7 +119,8 @@ class WhetTrainer(Trainer):
         rows: Any = self.train_dataset
         train = self.whet_config.train
         lengths = [len(tokens.input_ids) for tokens in rows]
-        sampler = StepSampler(lengths, train.batch_size, train.seed, train.batch_tokens)
+        seed = train.seed if train.shuffle else None
+        sampler = StepSampler(lengths, train.batch_size, seed, train.batch_tokens)
         loader = DataLoader(rows, batch_sampler=sampler, collate_fn=list)
         return self.accelerator.prepare(loader)
 
