@@ -175,7 +175,7 @@ class EngineSection(Section):
     """Labelled tokens whose logits exist at once; null takes 256 on the CPU and 1024 on a GPU. It
     changes memory and speed, never the loss."""
     block_tokens: int | None = Field(default=None, ge=1)
-    """Tokens that go through an MLP at once; null takes 512 on the CPU and 8192 on a GPU. It bounds
+    """Tokens that go through an MLP at once; null takes 1024 on the CPU and 8192 on a GPU. It bounds
     the memory of one layer in a long pass."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Record a pass once and replay it, which saves the time between kernels: auto does it on a GPU
@@ -210,8 +210,9 @@ class PlanSection(Section):
     embeddings: Literal["device", "cpu", "8bit"] = "device"
     """Where frozen embeddings and the frozen head are: on the device, in host memory, or on the device
     in 8 bit, which changes the numbers a little."""
-    probe: bool = True
-    """Run the longest pass once before training, and correct the plan by what was measured."""
+    probe: Literal["auto", "on", "off"] = "auto"
+    """Run the longest pass once before training, and correct the plan by what was measured; auto does
+    it where the plan is a rough one or uses more than half of the memory."""
 
 
 class EvalSection(Section):

@@ -177,7 +177,9 @@ def test_a_target_that_is_not_known_is_told_in_a_sentence(device, memory, words)
 
 def test_a_budget_in_the_config_is_kept_and_written_down_beside_what_was_measured(config):
     run = fit(
-        load_config(config, ["train.max_steps=2", "plan.memory=2GB", "lora.dropout=0"]),
+        load_config(
+            config, ["train.max_steps=2", "plan.memory=2GB", "plan.probe=on", "lora.dropout=0"]
+        ),
         listener=LogListener(),
     )
     plan, before = run.report["plan"], run.report["plan_before_probe"]

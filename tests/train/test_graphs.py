@@ -26,7 +26,7 @@ class Heard(LogListener):
 def short(config):
     return load_config(config, [
         "lora.dropout=0", "train.batch_size=3", "plan.tokens_per_pass=40", "data.heldout_fraction=0",
-        "train.max_steps=8", "plan.probe=false",
+        "train.max_steps=8", "plan.probe=off",
     ])  # fmt: skip
 
 

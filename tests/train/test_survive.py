@@ -31,7 +31,7 @@ def events(run):
 def plain(config):
     return load_config(
         config,
-        ["lora.dropout=0", "train.max_steps=6", "data.heldout_fraction=0", "plan.probe=false"],
+        ["lora.dropout=0", "train.max_steps=6", "data.heldout_fraction=0", "plan.probe=off"],
     )
 
 
@@ -106,7 +106,7 @@ def test_a_step_that_fails_again_and_again_goes_down_to_single_examples(plain, m
 def test_the_order_and_the_dropout_of_later_steps_are_what_they_were(config, monkeypatch):
     """The random state is put back: dropout draws the same numbers for a pass of the same shape."""
     settings = ["plan.tokens_per_pass=1", "train.max_steps=5", "data.heldout_fraction=0",
-                "plan.probe=false"]  # fmt: skip
+                "plan.probe=off"]  # fmt: skip
     config = load_config(config, settings)  # with dropout; an example a pass, so shapes stay
     whole = fit(load_config(config, ["run.name=whole"]), listener=Heard())
     inject(monkeypatch, "forward", {3})
@@ -147,7 +147,7 @@ def test_a_resumed_run_goes_on_with_the_passes_it_had_come_to(plain, monkeypatch
 
 
 def test_the_probe_that_runs_out_of_memory_makes_the_passes_smaller(plain, monkeypatch):
-    probed = load_config(plain, ["plan.probe=true"])
+    probed = load_config(plain, ["plan.probe=on"])
     whole = fit(load_config(plain, ["run.name=whole"]), listener=Heard())
     inject(monkeypatch, "backward", {1})
     run = fit(probed, listener=Heard())

@@ -34,7 +34,7 @@ from whet.kernels.rope import HeadNorm
 # Tokens worked on at a time. On the CPU a block's gate and up should stay in the last cache level: 512
 # x 2 x 1536 bfloat16 are 3 MB (SmolLM2-135M). On CUDA products of 8192 rows are long past their best
 # rate, and the memory of one layer stays bounded in a long pass.
-BLOCK_TOKENS = {"cpu": 512, "cuda": 8192}
+BLOCK_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass

@@ -148,6 +148,11 @@ class Chooser:
             least = self.evaluate(sizes[-1], self.least())
             return least if self.fits(least) else None
         found = []
+        if self.policy == "auto" and not self.packing.padded:
+            # Where a whole step fits in one pass with everything kept, nothing is faster.
+            choice = self.evaluate(sizes[0], (Policy(),) * self.passes.num_layers)
+            if self.fits(choice):
+                return choice
         for size in reversed(sizes):  # where the smaller does not fit, the larger need not be tried
             choice = self.fill(size)
             if choice is None:

@@ -57,6 +57,15 @@ class Probe:
         return {**asdict(self), "ratio": self.ratio}
 
 
+def may_matter(plan: Plan) -> bool:
+    """Tell whether a measurement could change a plan: it is a rough one, or uses half of the memory.
+
+    A probe costs twice a step. Traced estimates were within 10% of what was measured (docs/log.md).
+    """
+    rough = not plan.chooser.passes.traced
+    return rough or 2 * plan.choice.peak_bytes > plan.target.budget_bytes
+
+
 def largest_pass(plan: Plan, rows: Sequence[Tokens]) -> list[Tokens]:
     """Return the examples of the pass with the most tokens among those of the first steps.
 

@@ -13,7 +13,7 @@ from whet.model import CausalLM
 from whet.model.load import choose_dtype, device
 from whet.plan.plan import Plan, gib, make_plan, require_fit, workload_of
 from whet.plan.policy import describe
-from whet.plan.probe import corrected, largest_pass, probe
+from whet.plan.probe import corrected, largest_pass, may_matter, probe
 from whet.plan.target import target_of
 from whet.runs import RunFolder
 from whet.train.callbacks import Metrics
@@ -58,7 +58,8 @@ def probe_run(
     """Run the longest pass once, correct the plan, and write both down."""
     report = {"plan": plan.to_dict()}
     steps_in_backward = config.train.optimizer in ("lomo", "adalomo")
-    if config.plan.probe and not steps_in_backward:
+    wish = config.plan.probe
+    if not steps_in_backward and (wish == "on" or (wish == "auto" and may_matter(plan))):
         listener.stage("trying the longest pass")
         model.train()
         rows = largest_pass(plan, data.train)
