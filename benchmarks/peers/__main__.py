@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--peers", default="hf,trl,unsloth", help=f"of {', '.join(PEERS)}; whet always runs")
     add("--workloads", default="alpaca-bf16", help=f"of {', '.join(WORKLOADS)}")
-    add("--variants", default="both", help="default, tuned, both, all, or a name")
+    add("--variants", help="default, tuned, both, all, or a name")
     add("--rounds", type=int, help="timed steps, instead of the workload's own")
     add("--own", default="default", help="whet's variants: default, lean")
     add("--against", help="whet's own source at another commit, as one more peer")
@@ -48,6 +49,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--here", action="store_true", help="run all peers in this environment; make none")
     add("--no-evaluation", action="store_true", help="leave out the float32 held-out loss")
     add("--out", type=Path, help="result files without their ending, such as results/DATE-NAME")
+    add("--name", help="write results/DATE-MACHINE-NAME.{json,md,png} beside the benchmarks")
     arguments = parser.parse_args(words)
     arguments.peers = [name for name in arguments.peers.split(",") if name and name != "whet"]
     arguments.workloads = arguments.workloads.split(",")
@@ -75,7 +77,9 @@ def jobs_of(
         elif work.method not in peer.methods:
             left_out.append(f"{peer.title}: has no {work.method}")
         else:
-            wishes += [(name, variant) for variant in peer.chosen(arguments.variants, device)]
+            own = work.variants.get(name) if arguments.variants is None else None
+            chosen = own or peer.chosen(arguments.variants or "both", device)
+            wishes += [(name, variant) for variant in chosen]
     for name, variant in wishes:
         folder = base / f"{name}-{variant}"
         settings = dict(PEERS[name].variants[variant])
@@ -213,7 +217,12 @@ def _machine(device: str) -> str:
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
-    return f"{name or platform.processor()}, {torch.get_num_threads()} threads"
+    return f"{name or platform.processor()}, {torch.get_num_threads()} cores"
+
+
+def _slug(machine: str) -> str:
+    """Return a machine's name for a file's: `amd-epyc-9655-2-cores`."""
+    return "-".join(re.findall(r"[a-z0-9]+", machine.lower().replace("(r)", "")))
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -222,6 +231,9 @@ def main(words: Sequence[str] | None = None) -> int:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.name:
+        stem = f"{date.today()}-{_slug(_machine(device))}-{arguments.name}"
+        arguments.out = ROOT / "benchmarks" / "results" / stem
     if arguments.data is None and (SAMPLES / "alpaca_en_demo.json").exists():
         arguments.data = SAMPLES
     found, printed = [], []
@@ -241,10 +253,18 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.against:
         subprocess.run(["git", "worktree", "prune"], cwd=ROOT, check=True)
     print("\n".join(printed))
+    if arguments.against:
+        return int(any(is_slower(result) for result in found))
     faults = sum(bool(e["invalid"]) for result in found for e in result["entries"])
     total = sum(len(result["entries"]) for result in found)
     print(f"\n{total - faults} of {total} runs are valid")
     return int(any(result["entries"][0]["invalid"] for result in found))
+
+
+def is_slower(found: dict[str, Any]) -> bool:
+    """Tell whether the working tree is slower than the commit it was compared with."""
+    ratio = found["entries"][1]["ratio"]
+    return bool(found["entries"][0]["invalid"]) or 0 < ratio < 1 / (1 + report.EQUAL)
 
 
 def write_results(arguments: argparse.Namespace, found: list[dict[str, Any]], machine: str) -> None:

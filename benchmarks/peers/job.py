@@ -33,6 +33,8 @@ class Workload:
         rounds: Timed steps.
         heldout: Rows of the float32 evaluation at the end.
         device: Where it makes sense: `cpu`, `cuda`, or both (None).
+        variants: Which variants of which peers to run where the user names none; all others run as
+            default and tuned.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Workload:
     rounds: int = 5
     heldout: int = 24
     device: str | None = None
+    variants: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def method(self) -> str:

@@ -78,7 +78,7 @@ PEERS: dict[str, Peer] = {
                 "autocast": False,
             },
         },
-        {"cpu": "kept-float"},
+        {"cpu": "padding-free-float"},
         ("sft", "dpo"),
     ),
     "unsloth": Peer(
@@ -90,7 +90,7 @@ PEERS: dict[str, Peer] = {
             "kept-float": {"checkpointing": False, "autocast": False},
             "padding-free": {"checkpointing": False, "padding_free": True},
         },
-        {"cpu": "kept"},
+        {"cpu": "padding-free"},
         ("sft", "dpo"),
     ),
     "liger": Peer("liger", "liger", _PLAIN, needs_cuda=True),

@@ -127,6 +127,13 @@ def verdict(entries: Sequence[Entry]) -> str:
     """Say how whet's best valid run stands to the fastest valid one of the others."""
     own = [e for e in entries if e.name.startswith("whet ") and not e.invalid]
     others = [e for e in entries if not e.name.startswith("whet") and not e.invalid]
+    if own and not others and len(own) > 1:
+        word = (
+            "as fast as"
+            if abs(own[1].ratio - 1) < EQUAL
+            else f"{own[1].ratio:.2f} times as fast as"
+        )
+        return f"whet is {word} {own[1].title}, with {_share(own[0], own[1])} of its memory"
     if not own or not others:
         return "nothing to compare"
     mine, other = own[0], min(others, key=lambda e: e.ratio)

@@ -147,7 +147,7 @@ def take_turns(
             tell(f"  step {number + 1} of {jobs[0].work.steps}: {took} s")
         for worker in workers:
             if worker.alive:
-                worker.listen()
+                worker.turn()  # to save what was trained
     finally:
         for worker in workers:
             worker.stop()

@@ -169,6 +169,7 @@ class Watch:
                 if state.global_step == state.max_steps:
                     self.tell()
                     self.began = 0.0
+                    watch.wait()  # saving must not disturb those who are not done yet
 
             def tell(self) -> None:
                 if watch.job.device == "cuda":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from benchmarks.peers.job import Workload
 
+# One row: padding-free or not is the same there, and a step takes half a minute.
+_LONG = {"hf": ["default"], "trl": ["padding-free-float"], "unsloth": ["default", "kept"]}
 _ALL = [
     # CPU: a real model of 135 M weights.
     Workload("alpaca-bf16", device="cpu"),
@@ -11,10 +13,24 @@ _ALL = [
     Workload("alpaca-nf4", load_in_4bit=True, device="cpu"),
     Workload("alpaca-full", dtype="float32", parameters="full", learning_rate=2e-5, device="cpu"),
     Workload(
-        "long-4k", data="long", length=4096, batch_size=1, accumulation=1, rounds=3, device="cpu"
+        "long-4k",
+        data="long",
+        length=4096,
+        batch_size=1,
+        accumulation=1,
+        rounds=3,
+        device="cpu",
+        variants=_LONG,
     ),
     Workload(
-        "long-16k", data="long", length=16384, batch_size=1, accumulation=1, rounds=3, device="cpu"
+        "long-16k",
+        data="long",
+        length=16384,
+        batch_size=1,
+        accumulation=1,
+        rounds=3,
+        device="cpu",
+        variants=_LONG,
     ),
     Workload("pairs-bf16", data="pairs", length=1024, batch_size=2, accumulation=2, device="cpu"),
     # The same in small: seconds a run, for tests and for `make bench-quick`.

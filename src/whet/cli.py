@@ -29,17 +29,14 @@ from whet.cli_options import (
     TopP,
     keys,
 )
+from whet.cli_setup import setup
 from whet.config import DataSection
 from whet.config_file import (
-    TEMPLATES,
-    commented_yaml,
     load_config,
-    parse_yaml,
-    to_json_schema,
     to_yaml,
 )
 from whet.data.sources import require_sources
-from whet.errors import InputError, WhetError, did_you_mean
+from whet.errors import InputError, WhetError
 
 if TYPE_CHECKING:
     from whet.trained import Loaded
@@ -55,6 +52,9 @@ app = typer.Typer(
 )
 
 
+app.add_typer(setup)
+
+
 @app.callback(invoke_without_command=True, epilog="Add --debug to any command for a traceback.")
 def _root(
     context: typer.Context,
@@ -64,52 +64,6 @@ def _root(
     if version:
         typer.echo(f"whet {__version__}")
         raise typer.Exit
-
-
-@app.command()
-def init(
-    path: Annotated[Path, typer.Argument(help="Where to write the config.")] = Path("whet.yaml"),
-    template: Annotated[str, typer.Option(help=f"One of {', '.join(TEMPLATES)}.")] = "sft",
-    schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON Schema for editors instead.")
-    ] = False,
-) -> None:
-    """Write a config with every key, its default and its meaning."""
-    if schema:
-        typer.echo(to_json_schema(), nl=False)
-        return
-    if template not in TEMPLATES:
-        guess = did_you_mean(template, TEMPLATES)
-        raise InputError(
-            f"there is no template '{template}'",
-            fix=f"did you mean '{guess}'?" if guess else f"use one of {', '.join(TEMPLATES)}",
-        )
-    if path.exists():
-        raise InputError(f"'{path}' exists already", fix="give another name, or remove it first")
-    from whet.runs import make_folder, write_text
-
-    make_folder(path.parent)
-    text = commented_yaml(template, path.stem)
-    load_config(parse_yaml(text))  # refuses a file name that cannot name a run
-    write_text(path, text)
-    typer.echo(f"wrote {path}; set data.train in it, then: whet data {path}; whet train {path}")
-
-
-@app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Check this machine: system, packages, GPU, memory, disk; each fault with its fix."""
-    from whet.doctor import examine
-
-    findings = examine()
-    if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
-    else:
-        from whet.terminal import console, finding_lines
-
-        for line in finding_lines(findings):
-            console().print(line)
-    if any(finding.status == "fault" for finding in findings):
-        raise typer.Exit(1)
 
 
 @app.command(epilog=keys("model", "data"))

@@ -1,0 +1,109 @@
+"""Commands that need no config and no model: `init`, `doctor` and `bench`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from whet.cli_options import AsJson
+from whet.config_file import TEMPLATES, commented_yaml, load_config, parse_yaml, to_json_schema
+from whet.errors import InputError, did_you_mean
+
+setup = typer.Typer()
+
+
+@setup.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write the config.")] = Path("whet.yaml"),
+    template: Annotated[str, typer.Option(help=f"One of {', '.join(TEMPLATES)}.")] = "sft",
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema for editors instead.")
+    ] = False,
+) -> None:
+    """Write a config with every key, its default and its meaning."""
+    if schema:
+        typer.echo(to_json_schema(), nl=False)
+        return
+    if template not in TEMPLATES:
+        guess = did_you_mean(template, TEMPLATES)
+        raise InputError(
+            f"there is no template '{template}'",
+            fix=f"did you mean '{guess}'?" if guess else f"use one of {', '.join(TEMPLATES)}",
+        )
+    if path.exists():
+        raise InputError(f"'{path}' exists already", fix="give another name, or remove it first")
+    from whet.runs import make_folder, write_text
+
+    make_folder(path.parent)
+    text = commented_yaml(template, path.stem)
+    load_config(parse_yaml(text))  # refuses a file name that cannot name a run
+    write_text(path, text)
+    typer.echo(f"wrote {path}; set data.train in it, then: whet data {path}; whet train {path}")
+
+
+@setup.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: system, packages, GPU, memory, disk; each fault with its fix."""
+    from whet.doctor import examine
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        from whet.terminal import console, finding_lines
+
+        for line in finding_lines(findings):
+            console().print(line)
+    if any(finding.status == "fault" for finding in findings):
+        raise typer.Exit(1)
+
+
+@setup.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Further options go to the benchmark as they are: --own lean, --data DIR, --threads N, ... "
+    "(python -m benchmarks.peers --help in a checkout).",
+)
+def bench(
+    context: typer.Context,
+    peers: Annotated[
+        str, typer.Option(help="Frameworks beside whet: hf, trl, unsloth, liger.")
+    ] = "hf,trl,unsloth",
+    workloads: Annotated[
+        str, typer.Option(help="Such as alpaca-bf16, alpaca-nf4, long-4k, pairs-bf16.")
+    ] = "alpaca-bf16",
+    variants: Annotated[
+        str | None,
+        typer.Option(help="default, tuned, both, all, or the name of one; a workload has its own."),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Timed steps; each workload has its own number.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Result files, without their ending.")] = None,
+) -> None:
+    """Do the same work in whet and in its peers, step by step in turns, and print one table."""
+    words = ["--peers", peers, "--workloads", workloads]
+    words += [] if variants is None else ["--variants", variants]
+    words += [] if rounds is None else ["--rounds", str(rounds)]
+    words += [] if out is None else ["--out", str(out.resolve())]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.peers", *words, *context.args], cwd=_checkout()
+    )
+    if done.returncode:
+        raise typer.Exit(done.returncode)
+
+
+def _checkout() -> Path:
+    """Return the checkout that has the benchmarks: this package's own, or the working directory."""
+    for folder in (Path(__file__).resolve().parents[2], Path.cwd()):
+        if (folder / "benchmarks" / "peers" / "__main__.py").is_file():
+            return folder
+    raise InputError(
+        "the benchmarks are not part of the installed package",
+        fix="run `whet bench` in a checkout of whet's repository",
+    )
