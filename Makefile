@@ -44,7 +44,7 @@ clean:
 # torch first and alone: asked for by its exact version, pip takes a local CPU build before any other.
 .venv/.installed: pyproject.toml constraints.txt
 	@# A Debian without python3-venv has no ensurepip; pip can install itself into the environment.
-	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --without-pip --clear .venv \
+	[ -x .venv/bin/python ] || $(PYTHON) -m venv .venv || { $(PYTHON) -m venv --without-pip --clear .venv \
 		&& $(PYTHON) -m pip --python .venv/bin/python install --quiet pip; }
 	@echo "installing (a few minutes the first time)"
 	$(PIP) install -c constraints.txt torch==2.13.0

@@ -27,6 +27,7 @@ from benchmarks.peers.registry import PEERS
 from benchmarks.peers.turns import Run, take_turns
 from benchmarks.peers.workloads import WORKLOADS
 
+MODELS = ROOT / "benchmarks" / ".models"
 SAMPLES = ROOT.parent / "shared" / "data"
 
 
@@ -121,7 +122,7 @@ def measure(
     entries = report.enter(work, runs, whets, losses, tokens, operations, _flops(work, device))
     found = {**report.to_json(work, entries, runs), "left_out": left_out}
     found["heldout_before"] = losses.get("-")
-    lines = [report.plain_table(report.table(entries)), report.verdict(entries)]
+    lines = [report.plain_table(*report.table(entries)), report.verdict(entries)]
     return found, lines
 
 
@@ -135,7 +136,7 @@ def _folder_of(work: Workload, base: Path) -> str:
     from whet.model.load import resolve
 
     if work.model in SHAPES:
-        return str(make_model(work.model, base.parent / "models", quantised=work.load_in_4bit))
+        return str(make_model(work.model, MODELS, quantised=work.load_in_4bit))
     return resolve(work.model)
 
 
@@ -261,6 +262,14 @@ def main(words: Sequence[str] | None = None) -> int:
     return int(any(result["entries"][0]["invalid"] for result in found))
 
 
+def _kept(arguments: argparse.Namespace, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the workloads of an earlier run with the same name: what ran again replaces its own."""
+    file = Path(f"{arguments.out}.json")
+    names = {result["workload"]["name"] for result in found} | set(arguments.workloads)
+    earlier = json.loads(file.read_text())["workloads"] if file.exists() else []
+    return [result for result in earlier if result["workload"]["name"] not in names]
+
+
 def is_slower(found: dict[str, Any]) -> bool:
     """Tell whether the working tree is slower than the commit it was compared with."""
     ratio = found["entries"][1]["ratio"]
@@ -275,6 +284,7 @@ def write_results(arguments: argparse.Namespace, found: list[dict[str, Any]], ma
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
+    found = [*_kept(arguments, found), *found]
     head = {
         "date": date.today().isoformat(), "machine": machine, "commit": commit, "command": command,
     }  # fmt: skip
@@ -298,7 +308,7 @@ def write_results(arguments: argparse.Namespace, found: list[dict[str, Any]], ma
         lines += [
             f"## {result['workload']['name']}",
             "",
-            report.markdown_table(report.table(entries)),
+            report.markdown_table(*report.table(entries)),
         ]
         lines += ["", f"{report.verdict(entries)}."]
         lines += [f"{e.title} does not count: {e.invalid}." for e in entries if e.invalid]

@@ -30,7 +30,11 @@ def load(model: str, nf4: bool, device: str) -> Any:
         )
     if device == "cuda":
         options["device_map"] = {"": 0}
-    return AutoModelForCausalLM.from_pretrained(model, **options).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(model, **options).eval()
+    for module in loaded.modules():
+        if hasattr(module, "compute_dtype"):  # a folder in NF4 brings its own
+            module.compute_dtype = torch.float32
+    return loaded
 
 
 def loss_of(model: Any, rows: list[dict[str, list[int]]]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +45,25 @@ def _write(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _forever(rows: list[Any]) -> Iterator[Any]:
+def _forever(rows: Iterable[Any], work: Workload) -> Iterator[Any]:
+    """Repeat rows for as long as they are wanted."""
+    yield from (kept := list(rows))
+    if not kept:
+        raise ValueError(f"no row of '{work.data}' has at most {work.length} tokens")
     while True:
-        yield from rows
+        yield from kept
 
 
 def _alpaca(tokenizer: Any, work: Workload, data: Path | None) -> Iterator[dict[str, Any]]:
-    for question, answer in _forever(_turns(data)):
-        prompt = tokenizer(PROMPT.format(instruction=question))["input_ids"]
-        learned = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
-        ids, labels = prompt + learned, [-100] * len(prompt) + learned
-        if len(ids) <= work.length:
-            yield {"input_ids": ids, "labels": labels}
+    def rows() -> Iterator[dict[str, Any]]:
+        for question, answer in _turns(data):
+            prompt = tokenizer(PROMPT.format(instruction=question))["input_ids"]
+            learned = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+            if len(prompt) + len(learned) <= work.length:
+                labels = [-100] * len(prompt) + learned
+                yield {"input_ids": prompt + learned, "labels": labels}
+
+    return _forever(rows(), work)
 
 
 def _turns(data: Path | None) -> list[tuple[str, str]]:
@@ -107,4 +114,4 @@ def _pairs(tokenizer: Any, work: Workload, data: Path | None) -> Iterator[dict[s
             for kind in ("chosen", "rejected")
         )
 
-    yield from _forever([row for row in rows if fits(row)])
+    return _forever((row for row in rows if fits(row)), work)

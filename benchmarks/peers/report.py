@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -153,41 +153,52 @@ def _share(mine: Entry, other: Entry) -> str:
     return f"{mine.above_bytes / max(1, other.above_bytes):.2f}"
 
 
-COLUMNS = (
-    "framework", "s / step", "spread", "x whet", "tokens/s", "entered/s", "MFU", "1st step s",
-    "all s", "above GiB", "loss 1", "norm 1", "last loss", "held-out fp32",
-)  # fmt: skip
+def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Return the head of the table and its cells; what no run has is left out.
 
-
-def table(entries: Sequence[Entry]) -> list[list[str]]:
-    """Return the cells of the table, without its head."""
+    Args:
+        entries: The lines, whet's first.
+    """
+    columns: dict[str, Callable[[Entry], str]] = {
+        "s / step": lambda e: f"{e.step_seconds:.2f}",
+        "spread": lambda e: f"{e.fastest:.2f} to {e.slowest:.2f}",
+        "x whet": lambda e: "1" if e is entries[0] else f"{e.ratio:.2f}",
+        "tokens/s": lambda e: _count(e.tokens_per_second),
+        "entered/s": lambda e: _count(e.entered_per_second),
+        "MFU": lambda e: f"{e.mfu:.0%}" if e.mfu else "",
+        "1st step s": lambda e: f"{e.first_step_seconds:.1f}",
+        "all s": lambda e: f"{e.all_steps_seconds:.1f}",
+        "above GiB": lambda e: f"{e.above_bytes / 2**30:.2f}",
+        "allocated GiB": lambda e: _gib(e.loaded_bytes + e.above_bytes if e.driver_bytes else 0),
+        "reserved GiB": lambda e: _gib(e.reserved_bytes),
+        "device GiB": lambda e: _gib(e.driver_bytes),
+        "pinned GiB": lambda e: _gib(e.pinned_bytes),
+        "loss 1": lambda e: f"{e.first_loss:.4f}",
+        "norm 1": lambda e: f"{e.first_grad_norm:.3f}",
+        "last loss": lambda e: f"{e.last_loss:.4f}",
+        "held-out fp32": lambda e: "" if e.heldout_loss is None else f"{e.heldout_loss:.5f}",
+    }
+    ran = [entry for entry in entries if entry.step_seconds]
+    kept = {name: cell for name, cell in columns.items() if any(cell(entry) for entry in ran)}
     rows = []
-    for e in entries:
-        if not e.step_seconds:
-            rows.append([e.title, e.invalid, *[""] * (len(COLUMNS) - 2)])
-            continue
-        rows.append(
-            [
-                e.title + (" (invalid)" if e.invalid else ""),
-                f"{e.step_seconds:.2f}",
-                f"{e.fastest:.2f} to {e.slowest:.2f}",
-                "1" if e is entries[0] else f"{e.ratio:.2f}",
-                f"{e.tokens_per_second:,.0f}",
-                f"{e.entered_per_second:,.0f}" if e.entered_per_second else "",
-                f"{e.mfu:.0%}",
-                f"{e.first_step_seconds:.1f}",
-                f"{e.all_steps_seconds:.1f}",
-                f"{e.above_bytes / 2**30:.2f}",
-                f"{e.first_loss:.4f}",
-                f"{e.first_grad_norm:.3f}",
-                f"{e.last_loss:.4f}",
-                "" if e.heldout_loss is None else f"{e.heldout_loss:.5f}",
-            ]
-        )
-    return rows
+    for entry in entries:
+        if entry.step_seconds:
+            mark = " (invalid)" if entry.invalid else ""
+            rows.append([entry.title + mark, *(cell(entry) for cell in kept.values())])
+        else:
+            rows.append([entry.title, entry.invalid, *[""] * (len(kept) - 1)])
+    return ["framework", *kept], rows
 
 
-def plain_table(rows: list[list[str]], head: Sequence[str] = COLUMNS) -> str:
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value else ""
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f}" if num_bytes else ""
+
+
+def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay cells out for a terminal."""
     lines = [list(head), *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -203,7 +214,7 @@ def plain_table(rows: list[list[str]], head: Sequence[str] = COLUMNS) -> str:
     )
 
 
-def markdown_table(rows: list[list[str]], head: Sequence[str] = COLUMNS) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay cells out for a page."""
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

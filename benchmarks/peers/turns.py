@@ -50,7 +50,7 @@ class _Worker:
         self.run, self.job = Run(job), job
         self.log = Path(job.folder) / "log.txt"
         file = job.write()
-        variables = {**os.environ, "PYTHONPATH": str(ROOT), **job.environment}
+        variables = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", **job.environment}
         variables.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_DISABLED="true")
         if threads:
             variables["OMP_NUM_THREADS"] = str(threads)
