@@ -60,6 +60,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     for name in arguments.workloads:
         if name not in WORKLOADS:
             parser.error(f"there is no workload '{name}'; use {', '.join(WORKLOADS)}")
+    if arguments.data is not None and not arguments.data.is_dir():
+        parser.error(f"--data '{arguments.data}' is not a folder")
     if arguments.rounds is not None and arguments.rounds < 3:
         parser.error("--rounds needs 3 or more: a median of less says nothing")
     return arguments
@@ -323,4 +325,12 @@ def write_results(arguments: argparse.Namespace, found: list[dict[str, Any]], ma
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # an environment that pip cannot make, no row that fits
+        sys.exit(f"benchmarks.peers: {error}")

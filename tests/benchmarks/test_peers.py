@@ -100,7 +100,9 @@ def test_every_workload_names_variants_and_peers_that_exist():
         assert peer.requirements is None or (folder / f"{peer.requirements}.txt").exists()
 
 
-@pytest.mark.parametrize("words", [["--peers", "x"], ["--workloads", "x"], ["--rounds", "2"]])
+@pytest.mark.parametrize(
+    "words", [["--peers", "x"], ["--workloads", "x"], ["--rounds", "2"], ["--data", "/no"]]
+)
 def test_wrong_words_are_refused_before_anything_is_made(words, capsys):
     with pytest.raises(SystemExit):
         parse(words)
