@@ -1,7 +1,8 @@
 """The peers, and each one's settings: its defaults, and the best that its documentation offers.
 
 `tuned` names the variant that was the fastest valid one when all were tried on that kind of device
-(`--variants all`, Alpaca rows in bfloat16 on two CPU cores, 2026-11-21; none was tried on a GPU). Only the standard library is used here.
+(`--variants all`, Alpaca rows in bfloat16 on two CPU cores, 2026-11-21;
+none was tried on a GPU). Only the standard library is used here.
 """
 
 from __future__ import annotations
