@@ -43,7 +43,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, help="timed steps, instead of the workload's own")
     add("--own", default="default", help="whet's variants: default, lean")
     add("--against", help="whet's own source at another commit, as one more peer")
-    add("--at-once", type=int, default=99, help="processes that hold a model at a time")
+    add("--at-once", type=int, help="processes that hold a model at a time")
     add("--threads", type=int, help="OpenMP threads of each process")
     add("--data", type=Path, help="folder with the sample files; else the quickstart's rows")
     add("--environments", type=Path, default=ROOT / "benchmarks" / ".environments")
@@ -110,7 +110,7 @@ def measure(
     }
     runs: list[Run] = []
     whets: list[Run] = []
-    size = max(2, arguments.at_once)
+    size = max(2, arguments.at_once or work.at_once)
     for start in range(1, max(2, len(jobs)), size - 1):
         group = [jobs[0], *jobs[start : start + size - 1]]
         found = take_turns(group, [pythons[job.peer] for job in group], arguments.threads, _tell)

@@ -35,6 +35,8 @@ class Workload:
         device: Where it makes sense: `cpu`, `cuda`, or both (None).
         variants: Which variants of which peers to run where the user names none; all others run as
             default and tuned.
+        at_once: Processes that hold a model at a time, whet's in each group of them: what a long row
+            needs, five frameworks do not fit beside each other in 24 GB.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Workload:
     heldout: int = 24
     device: str | None = None
     variants: dict[str, list[str]] = field(default_factory=dict)
+    at_once: int = 99
 
     @property
     def method(self) -> str:

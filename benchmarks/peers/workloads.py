@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from benchmarks.peers.job import Workload
 
-# One row: padding-free or not is the same there, and a step takes half a minute. trl without
-# checkpointing was killed for want of memory in 24 GB beside the others.
+# One row: padding-free or not is the same there, and a step takes half a minute.
 _LONG = {"hf": ["default"], "trl": ["default"], "unsloth": ["default", "kept"]}
 _ALL = [
     # CPU: a real model of 135 M weights.
@@ -22,6 +21,7 @@ _ALL = [
         rounds=3,
         device="cpu",
         variants=_LONG,
+        at_once=3,
     ),
     Workload(
         "long-16k",
@@ -32,6 +32,7 @@ _ALL = [
         rounds=3,
         device="cpu",
         variants=_LONG,
+        at_once=3,
     ),
     Workload("pairs-bf16", data="pairs", length=1024, batch_size=2, accumulation=2, device="cpu"),
     # The same in small: seconds a run, for tests and for `make bench-quick`.
