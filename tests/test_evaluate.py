@@ -5,7 +5,7 @@ import torch
 
 from whet.config import EvalSection
 from whet.config_file import load_config
-from whet.data.report import prepare
+from whet.data.prepare import prepare
 from whet.errors import InputError
 from whet.evaluate import compare, evaluate, mean_loss
 from whet.trained import load_trained

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from whet import __version__
+from whet.cli_data import data_app
 from whet.cli_options import (
     AsJson,
     Assignments,
@@ -53,6 +54,7 @@ app = typer.Typer(
 
 
 app.add_typer(setup)
+app.add_typer(data_app)
 
 
 @app.callback(invoke_without_command=True, epilog="Add --debug to any command for a traceback.")
@@ -64,39 +66,6 @@ def _root(
     if version:
         typer.echo(f"whet {__version__}")
         raise typer.Exit
-
-
-@app.command(epilog=keys("model", "data"))
-def data(config: ConfigPath, set_: Assignments = None, as_json: AsJson = False) -> None:
-    """Report what of the data will be learned, and what will not, without loading a model."""
-    settings = load_config(config, set_ or [])
-    require_sources(settings.data)
-    _quiet_libraries()
-    from whet.data.report import prepare
-    from whet.data.template import set_chat_template
-    from whet.model.load import load_tokenizer, max_length
-
-    limit = max_length(settings.model)
-    tokenizer = load_tokenizer(settings.model)
-    template = set_chat_template(tokenizer, settings.model.chat_template)
-    prepared = prepare(settings.data, tokenizer, limit, template)
-    report = prepared.report
-    if as_json:
-        typer.echo(json.dumps({**report.to_dict(), "warnings": report.warnings()}, indent=2))
-        return
-    from whet.terminal import console, data_table, length_bars, rendered_example
-
-    out = console()
-    out.print(f"{', '.join(report.train.files)}: {', '.join(report.train.formats)}", markup=False)
-    out.print(f"chat template: {template}", markup=False)
-    out.print(data_table(report))
-    out.print("\n".join(length_bars(report.train)), markup=False)
-    out.print("\n[bold]First example[/bold] (learned tokens in green, in bold)")
-    first = prepared.train[0]
-    shown = zip(first.input_ids[:400], first.labels[:400], strict=True)
-    out.print(rendered_example([(str(tokenizer.decode([i])), label != -100) for i, label in shown]))
-    for warning in report.warnings():
-        out.print(f"[yellow]-[/yellow] {warning}")
 
 
 @app.command(epilog=keys("train", "pack", "plan"))

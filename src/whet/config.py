@@ -59,7 +59,8 @@ class ModelSection(Section):
     max_length: int | None = Field(default=None, ge=8)
     """Longest example in tokens; null is the model's own limit, at most 2048."""
     chat_template: str | None = None
-    """File with a Jinja chat template; null uses the tokenizer's own, or whet's plain one."""
+    """Chat template: chatml, llama-3, mistral, gemma, phi-4, qwen, alpaca or zephyr, or a file with a
+    Jinja template; null uses the tokenizer's own, or whet's plain one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
 
@@ -92,19 +93,34 @@ class DataSection(Section):
     """What is learned."""
 
     train: str | list[str] = ""
-    """File (jsonl, json, csv, tsv, parquet, txt, md) or Hub dataset id (`id` or `id:split`); or a
-    list of them. Paths are looked up beside the config file first, then in the working directory."""
+    """File (jsonl, json, csv, tsv, parquet, arrow, txt, md; also .gz), folder, glob, or Hub dataset
+    (`id` or `id:split`); or a list of them. `#500` behind a name draws 500 of its rows, the same ones
+    each time. Paths are looked up beside the config file first, then in the working directory."""
+    weights: list[float] = []
+    """Times a row of each source in `train` is seen in an epoch, such as [1, 2, 0.5]; a share of a row
+    is a seeded share of the rows. Empty is once each."""
+    streaming: bool = False
+    """Read Hub datasets row by row instead of downloading them whole first; `#500` and `max_rows` then
+    take the first rows. Files are always read row by row, and no rows are kept in memory."""
     heldout: str | list[str] | None = None
     """Rows kept for evaluation, from files of their own."""
     heldout_fraction: float = Field(default=0.0, ge=0, le=0.5)
     """Share of the training rows set aside for evaluation when `heldout` is null; the same rows each
     time, and copies of a row stay on one side."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text", "tokens"] = "auto"
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt", "qa", "text", "preference", "kto", "tokens"
+    ] = "auto"
     """Layout of a row: messages ([{role, content}]), sharegpt (conversations [{from, value}]), alpaca
-    (instruction, input, output), prompt (prompt, completion), text, or tokens (input_ids, and labels
-    with -100 where nothing is learned); auto looks at the first row."""
+    (instruction, input, output), prompt (prompt, completion), qa (question, answer), text, preference
+    (chosen, rejected, and a prompt), kto (an answer with a label), or tokens (input_ids, and labels with
+    -100 where nothing is learned); auto looks at the first row of each file."""
     columns: dict[str, str] = {}
     """Where the format's columns are in your file, such as {instruction: question, output: answer}."""
+    formatting: str | None = None
+    """Function that makes the text of rows, as `file.py:function` or `module:function`: it takes a dict
+    of columns (lists of them, for many rows at once) and returns texts. It replaces `format`."""
+    merge_turns: int = Field(default=1, ge=1)
+    """Join this many neighbouring one-turn rows to one conversation, to learn several turns from them."""
     system: str | None = None
     """System prompt put before every conversation that has none."""
     loss_on: Literal["assistant", "all"] = "assistant"
@@ -116,6 +132,16 @@ class DataSection(Section):
     """A row that cannot be used: stop and tell, or skip it and count it."""
     max_rows: int | None = Field(default=None, ge=1)
     """Use at most this many training rows, from the start."""
+    allow: list[Literal["nothing_learned", "masked", "truncated", "no_end_of_turn", "overlap"]] = []
+    """Faults of the data that do not stop the run: nothing_learned (no token of the whole set is),
+    masked (more than 5% of the rows have no learned token left), truncated (more than 20% of the rows are
+    cut at `model.max_length`), no_end_of_turn (no answer ends with a learned end-of-turn token), overlap
+    (held-out rows are training rows too)."""
+    cache: bool = True
+    """Keep the tokenised rows in the user's cache folder, found again by what the files, the tokenizer,
+    the template and these settings are; false prepares them anew each time."""
+    workers: int | None = Field(default=None, ge=1)
+    """Processes that tokenise; null takes one for each core, at most 8, once the rows are many."""
 
 
 class TrainSection(Section):

@@ -134,11 +134,17 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
     def anchored(name: Any) -> Any:
         if isinstance(name, list):
             return [anchored(item) for item in name]
-        beside = isinstance(name, str) and name and not Path(name).is_absolute() and folder / name
-        return str(beside) if beside and beside.exists() else name
+        if not isinstance(name, str) or not name or Path(name).is_absolute():
+            return name
+        # `rows.jsonl#500` and `*.jsonl` are names of files too, as `file.py:function` is.
+        files = [name, name.rpartition("#")[0], name.rpartition(":")[0]]
+        there = any(file and (folder / file).exists() for file in files)
+        there = there or ("*" in name and any(folder.glob(name.rpartition("#")[0] or name)))
+        return str(folder / name) if there else name
 
     for section, key in (
-        ("data", "train"), ("data", "heldout"), ("model", "name"), ("model", "chat_template")
+        ("data", "train"), ("data", "heldout"), ("data", "formatting"), ("model", "name"),
+        ("model", "chat_template"),
     ):  # fmt: skip
         part = tree.get(section)
         if isinstance(part, dict) and key in part:

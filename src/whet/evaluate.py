@@ -14,7 +14,7 @@ from typing import Any
 
 from whet.config import EvalSection
 from whet.data.formats import Example
-from whet.data.report import PreparedData, prepare
+from whet.data.prepare import PreparedData, prepare
 from whet.data.template import render_prompt
 from whet.data.tokenize import Tokens, collate
 from whet.errors import InputError

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from whet.data.template import stop_token_ids
 from whet.errors import InputError
 from whet.model import CausalLM, Tokenizer
 
@@ -184,13 +185,11 @@ def stream(model: CausalLM, tokenizer: Tokenizer, prompt: str, sampling: Samplin
 
 
 def end_token_ids(model: CausalLM, tokenizer: Tokenizer) -> list[int]:
-    """Return the tokens that end a turn: the model's own and the tokenizer's."""
+    """Return the tokens that end a turn: the model's own, the chat template's and the tokenizer's."""
     own = getattr(model, "generation_config", None)
     ids = getattr(own, "eos_token_id", None)
     found = [ids] if isinstance(ids, int) else list(ids or [])
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in found:
-        found.append(tokenizer.eos_token_id)
-    return found
+    return [*found, *(i for i in stop_token_ids(tokenizer) if i not in found)]
 
 
 def _check_room(model: CausalLM, ids: list[int], sampling: Sampling) -> None:

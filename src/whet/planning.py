@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from whet.config import Config
-from whet.data.report import prepare
+from whet.data.gates import check_gates
+from whet.data.prepare import prepare
+from whet.data.store import count_labels, lengths_of
 from whet.data.template import set_chat_template
 from whet.errors import InputError
 from whet.model.load import choose_dtype, load_tokenizer, max_length
@@ -55,12 +57,13 @@ def _read_lengths(config: Config, limit: int) -> tuple[list[int] | None, int, st
     template = set_chat_template(tokenizer, config.model.chat_template)
     try:
         data = prepare(config.data, tokenizer, limit, template)
+        check_gates(data.report, config.data.allow)
     except InputError as error:
         if all(Path(s).exists() for s in sources):
             raise
         return None, 0, f"the data is not here: {error}"  # a Hub id, without a network
     return (
-        [len(tokens.input_ids) for tokens in data.train],
-        sum(tokens.num_labels for tokens in data.train),
+        lengths_of(data.train).tolist(),
+        count_labels(data.train),
         "",
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,6 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from whet.data.report import DataReport, SplitReport
     from whet.doctor import Finding
     from whet.engine.verify import Verification
     from whet.evaluate import Sample
@@ -43,6 +43,28 @@ def console(stderr: bool = False) -> Console:
     if not made.is_terminal:
         made = Console(stderr=stderr, highlight=False, soft_wrap=True, width=100, no_color=True)
     return made
+
+
+@contextmanager
+def counter(what: str) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how many of something are done, and how many a second.
+
+    Args:
+        what: What is counted.
+
+    Yields:
+        A function that is told how many are done.
+    """
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    out = console(stderr=True)
+    rate = TextColumn("{task.completed:,.0f} " + what + " ({task.speed:,.0f} a second)")
+    with Progress(
+        SpinnerColumn(), rate, TimeElapsedColumn(), console=out, transient=True,
+        disable=not out.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("", total=None)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def quiet_libraries() -> None:
@@ -297,51 +319,6 @@ def show_end(out: Console, path: str, seconds: float, peak_bytes: int) -> None:
     program = "python -m whet" if typed.name == "__main__.py" else str(typed)
     for command in (f"chat {path}", f"eval {path}", f"export {path} --to merged"):
         out.print(f"  {program} {command}", markup=False)
-
-
-def data_table(report: DataReport) -> Table:
-    """Return the supervision report's counts, training beside held-out rows."""
-    table = Table(title="Data", title_justify="left", title_style="bold", box=SIMPLE)
-    table.add_column("")
-    splits: list[SplitReport] = [report.train] + ([report.heldout] if report.heldout else [])
-    for name in ("training", "held out")[: len(splits)]:
-        table.add_column(name, justify="right")
-    for name, key in (
-        ("rows read", "rows_read"),
-        ("rows refused", "rows_refused"),
-        ("rows with nothing to learn", "rows_without_labels"),
-        ("rows cut at model.max_length", "rows_truncated"),
-        ("rows without a learned end of turn", "rows_without_end"),
-        ("copies of an earlier row", "duplicates"),
-        ("examples", "examples"),
-        ("tokens", "tokens"),
-        ("tokens learned", "tokens_learned"),
-        ("learned tokens lost to the cut", "tokens_lost"),
-        ("longest example, tokens", "longest"),
-    ):
-        table.add_row(name, *(f"{getattr(split, key):,}" for split in splits))
-    return table
-
-
-def length_bars(split: SplitReport) -> list[str]:
-    """Return a histogram of the examples' lengths, a line a bin."""
-    most = max(split.lengths.values(), default=1)
-    return [
-        f"  {name + ' tokens':>18}  {'#' * max(1, round(40 * count / most))} {count}"
-        for name, count in split.lengths.items()
-    ]
-
-
-def rendered_example(pieces: Sequence[tuple[str, bool]]) -> Text:
-    """Return an example's text, with the learned tokens set off.
-
-    Args:
-        pieces: Text of each token, and whether it is learned.
-    """
-    text = Text("  ")
-    for piece, learned in pieces:
-        text.append(piece.replace("\n", "\n  "), style="bold green" if learned else "dim")
-    return text
 
 
 def finding_lines(findings: Sequence[Finding]) -> list[Text]:

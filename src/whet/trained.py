@@ -61,7 +61,7 @@ def load_trained(name: str, assignments: list[str] | None = None) -> Loaded:
     if not RunFolder.is_run(name):
         config = load_config(Config(model=ModelSection(name=name)), assignments or [])
         tokenizer = load_tokenizer(config.model)
-        set_chat_template(tokenizer, None)
+        set_chat_template(tokenizer, config.model.chat_template)
         dtype, _ = choose_dtype(config.model.dtype, full=False)
         return Loaded(load_model(config.model, dtype).eval(), tokenizer, config, None)
     run = RunFolder.open(name)

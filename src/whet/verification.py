@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from whet.data.report import prepare
+from whet.data.prepare import prepare
 from whet.engine.verify import Verification, verify
 from whet.model.load import engine_settings, max_length
 from whet.model.lora import prepare_parameters

@@ -4,7 +4,8 @@ import pytest
 
 from whet.config import DataSection
 from whet.data.formats import Example
-from whet.data.report import prepare
+from whet.data.gates import check_gates
+from whet.data.prepare import prepare
 from whet.data.tokenize import collate, tokenize
 from whet.errors import InputError
 
@@ -91,10 +92,10 @@ def test_faulty_rows_stop_the_run_and_all_are_told(tmp_path, tokenizer):
 def test_a_run_that_would_learn_nothing_does_not_start(tmp_path, tokenizer):
     long = save(tmp_path / "a.jsonl", [conversation("red " * 100, "four")])
     with pytest.raises(InputError, match=r"longer than model\.max_length 32"):
-        prepare(DataSection(train=long), tokenizer, 32)
+        check_gates(prepare(DataSection(train=long), tokenizer, 32).report)
     silent = save(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
     with pytest.raises(InputError, match="no token would be learned"):
-        prepare(DataSection(train=silent), tokenizer, 32)
+        check_gates(prepare(DataSection(train=silent), tokenizer, 32).report)
     with pytest.raises(InputError, match=r"data\.train is empty"):
         prepare(DataSection(), tokenizer, 32)
 

@@ -232,7 +232,8 @@ def test_plain_text_is_learned_whole(config, tmp_path):
     config = load_config(
         config,
         [f"data.train={tmp_path / 'book.txt'}", "model.max_length=64", "train.max_steps=8",
-         "data.heldout_fraction=0", f"data.heldout={tmp_path / 'book.txt'}", "eval.max_rows=4"],
+         "data.heldout_fraction=0", f"data.heldout={tmp_path / 'book.txt'}", "eval.max_rows=4",
+         "data.allow=[overlap]"],
     )  # fmt: skip
     run = fit(config, listener=Heard())
     train = run.report["data"]["train"]

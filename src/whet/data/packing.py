@@ -13,10 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from whet.data.tokenize import IGNORED, Tokens, collate
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
     from whet.engine.passes import PackedPass
 
@@ -200,7 +203,8 @@ class StepSampler:
         seed: int | None,
         batch_tokens: int | None = None,
     ) -> None:
-        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.lengths = np.asarray(lengths, np.int64)
+        self.batch_size, self.seed = batch_size, seed
         self.batch_tokens = batch_tokens
         self.epoch = 0
 
@@ -211,31 +215,31 @@ class StepSampler:
     def __len__(self) -> int:
         if self.batch_tokens is None:
             return -(-len(self.lengths) // self.batch_size)
-        return min(len(self.lengths), -(-sum(self.lengths) // self.batch_tokens))
+        return min(len(self.lengths), -(-int(self.lengths.sum()) // self.batch_tokens))
 
-    def _order(self) -> list[int]:
+    def _order(self) -> NDArray[np.int64]:
         import torch
 
         if self.seed is None:
-            return list(range(len(self.lengths)))
+            return np.arange(len(self.lengths))
         # Seeds of neighbouring runs and epochs must not meet: seed 1, epoch 1 is not seed 2, epoch 0.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return torch.randperm(len(self.lengths), generator=generator).tolist()
+        return torch.randperm(len(self.lengths), generator=generator).numpy()
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
         if self.batch_tokens is None:
             for start in range(0, len(order), self.batch_size):
-                yield order[start : start + self.batch_size]
+                yield order[start : start + self.batch_size].tolist()
             return
-        total, seen, start, num = sum(self.lengths), 0, 0, len(self)
+        total, seen, start, num = int(self.lengths.sum()), 0, 0, len(self)
         for step in range(num):
             stop = start
             last = len(order) - (num - 1 - step)  # each later step needs a row too
             while stop < last and (stop == start or seen * num < total * (step + 1)):
-                seen += self.lengths[order[stop]]
+                seen += int(self.lengths[order[stop]])
                 stop += 1
-            yield order[start:stop]
+            yield order[start:stop].tolist()
             start = stop
 
 

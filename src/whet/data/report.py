@@ -1,290 +1,259 @@
-"""Prepare the data of a run, and account for every row of it.
+"""The supervision report: what of the data will be learned, what will not, and what looks wrong.
 
-`prepare` is the only way from a config to token ids. It raises before any model is loaded when rows
-are unusable, and it refuses to start a run that would learn nothing.
+Everything is counted from the records of the tokenised rows, so it is what the trainer will see and not
+what the files say.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from whet.config import DataSection
-from whet.data.formats import Example, check_columns, detect_format, to_example
-from whet.data.sources import Fault, Row, read_rows, require_sources
-from whet.data.tokenize import Tokens, tokenize
-from whet.errors import InputError
-from whet.model import Tokenizer
+import numpy as np
+
+from whet.data.pipeline import Reading
+from whet.data.store import TokenRows
+from whet.data.tokenize import CONTINUES, CONVERSATION, EMPTY_ANSWER, HAS_END, REJECTED
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _SHOWN = 10  # places named of each kind of trouble
+NEAR_CONSTANT = 0.5  # share of the rows with one and the same answer from which it is told
+FEW_ROWS = 20  # below, the same answer twice says nothing
 
 
 @dataclass
 class SplitReport:
-    """What became of the rows of one split."""
+    """What became of the rows of one split. Counts are of rows of the files, but where a name says else.
+
+    Args:
+        files: Sources, as they were named.
+        formats: Their formats.
+        rows_read: Rows of the files.
+        rows_refused: Those that cannot be used.
+        rows_without_labels: Those with nothing to learn, which are left out.
+        rows_masked: Those among them that have an answer, but no learned token of it is left.
+        rows_truncated: Examples cut at `model.max_length`.
+        rows_without_end: Examples that do not end with a learned end-of-turn.
+        rows_conversation: Examples that are conversations.
+        duplicates: Examples equal to an earlier one.
+        empty_answers: Examples whose last answer is empty.
+        distinct_answers: Different answers.
+        examples: Examples kept (a long text makes several, a pair makes two).
+        tokens: Their tokens.
+        tokens_learned: Those that are learned.
+        tokens_lost: Learned tokens that were cut off.
+        longest: Tokens of the longest example.
+        lengths: Examples by their length, in bins that double.
+        truncated: The first examples that were cut, with what they lost.
+        masked: Places of the first rows that have no learned token left.
+        common_answer: The most frequent answer with its rows, where it is near-constant.
+        texts: What was met in the texts: placeholders, control tokens, unknown special tokens; by kind.
+        refused: The first rows that cannot be used, with the reason.
+        notes: What else is odd, one sentence each.
+    """
 
     files: list[str] = field(default_factory=list)
     formats: list[str] = field(default_factory=list)
     rows_read: int = 0
     rows_refused: int = 0
     rows_without_labels: int = 0
+    rows_masked: int = 0
     rows_truncated: int = 0
     rows_without_end: int = 0
+    rows_conversation: int = 0
     duplicates: int = 0
+    empty_answers: int = 0
+    distinct_answers: int = 0
     examples: int = 0
     tokens: int = 0
     tokens_learned: int = 0
     tokens_lost: int = 0
     longest: int = 0
     lengths: dict[str, int] = field(default_factory=dict)
+    truncated: list[str] = field(default_factory=list)
+    masked: list[str] = field(default_factory=list)
+    common_answer: dict[str, Any] | None = None
+    texts: dict[str, dict[str, int]] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def sentences(self, name: str) -> list[str]:
+        """Return a sentence for each thing a person should know before training.
+
+        Args:
+            name: Which rows they are: `training` or `held-out`.
+        """
+        found = []
+        for count, words in (
+            (self.rows_refused, "rows could not be used and were skipped"),
+            (self.rows_without_labels, "rows have nothing to learn and were left out"),
+            (self.rows_truncated, "rows are longer than model.max_length and were cut; "
+                                  f"{self.tokens_lost} learned tokens were lost"),
+            (self.rows_without_end, "rows end without a learned end-of-turn token"),
+            (self.duplicates, "rows are copies of an earlier row"),
+            (self.empty_answers, "rows have an empty answer: the model learns to say nothing"),
+        ):  # fmt: skip
+            if count:
+                found.append(f"{count} of {self.rows_read} {name} {words}")
+        if self.common_answer:
+            found.append(
+                f"{self.common_answer['rows']} of {self.examples} {name} rows have the answer "
+                f"{self.common_answer['text']!r}: a model that always says it would be right as often"
+            )
+        found += self._about_texts()
+        found += [f"skipped {line}" for line in self.refused]
+        found += self.truncated
+        found += [f"{place} has no learned token left" for place in self.masked]
+        return found + self.notes
+
+    def _about_texts(self) -> list[str]:
+        words = {
+            "placeholder": "is a place left to fill in, and would be learned as it stands",
+            "control": "is a control token of the tokenizer and stands in a row's own text, where it "
+                       "would end or open a turn",
+            "template": "is written by the chat template, but is no token of this tokenizer",
+            "unknown": "looks like a control token in a row's text, but is none of this tokenizer's",
+        }  # fmt: skip
+        return [
+            f"{text!r} {words[kind]}" + (f" ({count} rows)" if kind != "template" else "")
+            for kind in words
+            for text, count in sorted(self.texts.get(kind, {}).items(), key=lambda x: -x[1])[:5]
+        ]
 
 
 @dataclass
 class DataReport:
-    """The supervision report: what will be learned, and what will not."""
+    """The supervision report of both splits.
+
+    Args:
+        train: The training rows.
+        heldout: The held-out rows, if any.
+        overlap: Held-out examples that are training examples too.
+        overlap_questions: Held-out examples whose question is in the training rows with another answer.
+        chat_template: Where the template came from.
+        sha256: Of the tokenised rows: equal data gives equal values.
+        max_length: Longest row in tokens.
+        cached: Whether it was read from the cache.
+    """
 
     train: SplitReport
     heldout: SplitReport | None
     overlap: int
     chat_template: str
     sha256: str
+    overlap_questions: int = 0
+    max_length: int = 0
+    cached: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for report.json."""
-        return {
-            "train": vars(self.train),
-            "heldout": vars(self.heldout) if self.heldout else None,
-            "overlap": self.overlap,
-            "chat_template": self.chat_template,
-            "sha256": self.sha256,
-        }
+        found = dict(vars(self))
+        found["train"] = vars(self.train)
+        found["heldout"] = vars(self.heldout) if self.heldout else None
+        return found
 
     def warnings(self) -> list[str]:
         """Return a sentence for each thing a person should know before training."""
-        found = []
-        for name, split in (("training", self.train), ("held-out", self.heldout)):
-            if split is None:
-                continue
-            for count, words in (
-                (split.rows_refused, "rows could not be used and were skipped"),
-                (split.rows_without_labels, "rows have nothing to learn and were left out"),
-                (split.rows_truncated, "rows are longer than model.max_length and were cut; "
-                                       f"{split.tokens_lost} learned tokens were lost"),
-                (split.rows_without_end, "rows end without a learned end-of-turn token"),
-                (split.duplicates, "rows are copies of an earlier row"),
-            ):  # fmt: skip
-                if count:
-                    found.append(f"{count} of {split.rows_read} {name} {words}")
-            found += split.notes
+        found = self.train.sentences("training")
+        if self.heldout is not None:
+            found += self.heldout.sentences("held-out")
         if self.overlap:
             found.append(f"{self.overlap} held-out rows are also in the training rows")
+        if self.overlap_questions:
+            found.append(
+                f"{self.overlap_questions} held-out rows ask what a training row asks, with another "
+                "answer"
+            )
         return found
 
 
-@dataclass
-class PreparedData:
-    """Everything a run needs of its data.
-
-    Args:
-        train: Tokenised training examples.
-        heldout: Tokenised held-out examples; empty when there are none.
-        heldout_examples: The held-out conversations as text, in the order of `heldout`.
-        report: What became of the rows.
-    """
-
-    train: list[Tokens]
-    heldout: list[Tokens]
-    heldout_examples: list[Example]
-    report: DataReport
-
-
-def prepare(
-    data: DataSection,
-    tokenizer: Tokenizer,
+def report_split(
+    files: Sequence[str],
+    reading: Reading,
+    rows: TokenRows,
+    counts: dict[str, dict[str, int]],
     max_length: int,
-    chat_template: str = "the tokenizer's own",
-) -> PreparedData:
-    """Read, check, split and tokenise the data of a config.
+    decode: Any,
+) -> SplitReport:
+    """Count what became of the rows of a split.
 
     Args:
-        data: The config's data section.
-        tokenizer: The model's tokenizer, with a chat template.
-        max_length: Longest example in tokens.
-        chat_template: Where the template came from, for the report.
-
-    Raises:
-        InputError: A source cannot be read, rows are faulty (all are told), or nothing is learned.
+        files: Sources, as they were named.
+        reading: What was found while they were read.
+        rows: All rows of the split, those with nothing to learn among them.
+        counts: What was met in the texts.
+        max_length: Longest row in tokens.
+        decode: Turns a row's learned tokens into text.
     """
-    require_sources(data)
-    train_report = SplitReport()
-    train = _read_split(_as_list(data.train), data, train_report, data.max_rows)
-    heldout, heldout_report = [], None
-    if data.heldout is not None:
-        heldout_report = SplitReport()
-        heldout = _read_split(_as_list(data.heldout), data, heldout_report, None)
-    elif data.heldout_fraction:
-        train, heldout = _split(train, data.heldout_fraction)
-        heldout_report = SplitReport(train_report.files, train_report.formats, len(heldout))
-        train_report.rows_read -= len(heldout)
+    column, flags = rows.column, rows.column("flags")
+    found = SplitReport(
+        files=list(files), formats=reading.formats, rows_read=reading.rows_read,
+        rows_refused=reading.rows_refused, refused=reading.faults[:_SHOWN], notes=reading.notes,
+        texts=counts,
+    )  # fmt: skip
+    kept = column("num_labels") > 0
+    cut = np.flatnonzero(column("num_truncated"))
+    whole = (flags & (CONTINUES | REJECTED)) == 0  # one of each example
+    masked = np.flatnonzero(~kept)
+    example = column("example")
 
-    train_tokens, _ = _tokenize_split(train, tokenizer, max_length, data.loss_on, train_report)
-    heldout_tokens, kept = [], []
-    if heldout_report is not None:
-        heldout_tokens, kept = _tokenize_split(
-            heldout, tokenizer, max_length, data.loss_on, heldout_report
+    def num_of(which: NDArray[np.bool_]) -> int:
+        return len(np.unique(example[which]))  # a pair is one row of the file
+
+    found.rows_masked = num_of(~kept)
+    found.rows_without_labels = reading.rows_empty + found.rows_masked
+    found.rows_truncated = num_of(column("num_truncated") > 0)
+    talks = (flags & CONVERSATION) != 0
+    found.rows_conversation = num_of(talks & kept)
+    found.rows_without_end = num_of(kept & ((flags & HAS_END) == 0))
+    found.empty_answers = int(((flags & EMPTY_ANSWER) != 0).sum())
+    keys = column("key")[whole]
+    found.duplicates = len(keys) - len(np.unique(keys))
+    lengths = column("length")[kept]
+    found.examples = len(lengths)
+    found.tokens = int(lengths.sum(dtype=np.int64))
+    found.tokens_learned = int(column("num_labels").sum(dtype=np.int64))
+    found.tokens_lost = int(column("num_lost_labels").sum(dtype=np.int64))
+    found.longest = int(lengths.max(initial=0))
+    found.lengths = _histogram(lengths)
+    for number in cut[:_SHOWN]:
+        tokens = rows[int(number)]
+        found.truncated.append(
+            f"{tokens.where} has {len(tokens.input_ids) + tokens.num_truncated} tokens, over the limit "
+            f"of {max_length}: {tokens.num_lost_labels} learned ones are lost"
         )
-    keys = {example.key for example in train}
-    digest = hashlib.sha256(repr([t.input_ids for t in train_tokens + heldout_tokens]).encode())
-    report = DataReport(
-        train_report,
-        heldout_report,
-        sum(example.key in keys for example in heldout),
-        chat_template,
-        digest.hexdigest(),
-    )
-    _refuse_to_learn_nothing(report, max_length)
-    return PreparedData(train_tokens, heldout_tokens, kept, report)
+    found.masked = [rows[int(number)].where for number in masked[:_SHOWN]]
+    _find_common_answer(found, rows, np.flatnonzero(kept & whole & talks), decode)
+    return found
 
 
-def read_examples(data: DataSection, sources: Sequence[str]) -> list[Example]:
-    """Read the usable examples of some files, without a tokenizer.
-
-    Args:
-        data: The config's data section; its format, columns and system prompt are used.
-        sources: Files or Hub ids.
-
-    Raises:
-        InputError: A source cannot be read, or a row is faulty.
-    """
-    return _read_split(sources, data, SplitReport(), None)
-
-
-def _as_list(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
-
-
-def _read_split(
-    sources: Sequence[str], data: DataSection, report: SplitReport, most: int | None
-) -> list[Example]:
-    examples: list[Example] = []
-    faults: list[Fault] = []
-    for source in sources:
-        report.files.append(source)
-        name = None if data.format == "auto" else data.format
-        rows: Iterable[Row | Fault] = read_rows(source, data.text_rows)
-        if most is not None:
-            rows = islice(rows, max(0, most - report.rows_read))
-        checked = False
-        for row in rows:
-            report.rows_read += 1
-            if isinstance(row, Row) and not checked:
-                name = name or detect_format(row, data.columns)
-                check_columns(row, name, data.columns)
-                report.formats.append(name)
-                checked = True
-            item = row
-            if isinstance(row, Row):
-                assert name is not None
-                item = to_example(row, name, data.columns, data.system)
-            if isinstance(item, Fault):
-                faults.append(item)
-            elif isinstance(item, Example):
-                report.notes += _note(report, item)
-                if item.messages or item.text or item.input_ids:
-                    examples.append(item)
-                else:
-                    report.rows_without_labels += 1
-    report.rows_refused = len(faults)
-    if faults and data.on_bad_row == "stop":
-        raise InputError.listing(
-            f"{len(faults)} of {report.rows_read} rows cannot be used; correct them, or set "
-            "data.on_bad_row: skip",
-            map(str, faults),
-        )
-    report.notes += [f"skipped {fault}" for fault in faults[:_SHOWN]]
-    return examples
-
-
-def _note(report: SplitReport, example: Example) -> list[str]:
-    if len(report.notes) >= _SHOWN:
-        return []
-    return [f"{example.where} {note}" for note in example.notes]
-
-
-def _split(examples: list[Example], fraction: float) -> tuple[list[Example], list[Example]]:
-    """Set rows aside by the hash of what they say: the same rows whatever their order in the file."""
-    ranked = sorted(
-        {example.key for example in examples}, key=lambda k: hashlib.sha256(k.encode()).digest()
-    )
-    chosen = set(ranked[: max(1, round(len(ranked) * fraction))])
-    return (
-        [example for example in examples if example.key not in chosen],
-        [example for example in examples if example.key in chosen],
-    )
-
-
-def _tokenize_split(
-    examples: list[Example],
-    tokenizer: Tokenizer,
-    max_length: int,
-    loss_on: str,
-    report: SplitReport,
-) -> tuple[list[Tokens], list[Example]]:
-    found: list[Tokens] = []
-    kept: list[Example] = []
-    seen: set[str] = set()
-    long: list[str] = []
-    for example in examples:
-        report.duplicates += example.key in seen
-        seen.add(example.key)
-        for tokens in tokenize(example, tokenizer, max_length, loss_on):
-            report.tokens_lost += tokens.num_lost_labels
-            if tokens.num_truncated:
-                report.rows_truncated += 1
-                total = len(tokens.input_ids) + tokens.num_truncated
-                long.append(f"{tokens.where} has {total} tokens, over the limit of {max_length}")
-            if not tokens.num_labels:
-                report.rows_without_labels += 1
-                continue
-            report.rows_without_end += not tokens.has_end
-            found.append(tokens)
-            kept.append(example)
-    report.notes += long[:_SHOWN]
-    report.examples = len(found)
-    report.tokens = sum(len(tokens.input_ids) for tokens in found)
-    report.tokens_learned = sum(tokens.num_labels for tokens in found)
-    report.longest = max((len(tokens.input_ids) for tokens in found), default=0)
-    report.lengths = _histogram([len(tokens.input_ids) for tokens in found])
-    return found, kept
-
-
-def _histogram(lengths: list[int]) -> dict[str, int]:
-    """Count lengths in bins that double, as {'33-64': 12, ...}."""
-    counts: dict[int, int] = {}
-    for length in lengths:
-        top = 16
-        while top < length:
-            top *= 2
-        counts[top] = counts.get(top, 0) + 1
-    return {f"{top // 2 + 1 if top > 16 else 1}-{top}": counts[top] for top in sorted(counts)}
-
-
-def _refuse_to_learn_nothing(report: DataReport, max_length: int) -> None:
-    train = report.train
-    if train.tokens_learned:
+def _find_common_answer(
+    found: SplitReport, rows: TokenRows, numbers: Any, decode: Any
+) -> None:
+    """Note the most frequent answer when so many rows have it that the rest hardly matters."""
+    answers = rows.column("answer")[numbers]
+    values, first, counts = np.unique(answers, return_index=True, return_counts=True)
+    found.distinct_answers = len(values)
+    if len(answers) < FEW_ROWS:
         return
-    if train.rows_truncated:
-        raise InputError(
-            f"no token would be learned: {train.rows_truncated} of {train.rows_read} rows are longer "
-            f"than model.max_length {max_length}, and all their answers lie beyond it",
-            fix="raise model.max_length, or shorten the prompts",
-        )
-    raise InputError(
-        f"no token would be learned from {train.rows_read} rows",
-        "; ".join(train.notes[:3]) or None,
-        "give rows with answers",
-    )
+    top = int(counts.argmax())
+    if counts[top] < NEAR_CONSTANT * len(answers):
+        return
+    tokens = rows[int(numbers[first[top]])]
+    learned = [i for i, label in zip(tokens.input_ids, tokens.labels, strict=True) if label == i]
+    found.common_answer = {"text": decode(learned)[:60], "rows": int(counts[top])}
+
+
+def _histogram(lengths: Any) -> dict[str, int]:
+    """Count lengths in bins that double, as {'33-64': 12, ...}."""
+    top, found, below = 16, {}, 0
+    longest = int(lengths.max(initial=0))
+    while below < longest:
+        count = int(((lengths > below) & (lengths <= top)).sum())
+        if count:
+            found[f"{below + 1}-{top}"] = count
+        below, top = top, 2 * top
+    return found

@@ -1,110 +1,130 @@
-"""Read rows from files and from the Hub, each with the place it came from.
+"""Which sources a config names: files, folders and globs of them, and datasets of the Hub.
 
-The readers are our own, small and strict, because a fault has to be told with its file, row, line
-and column, which the usual loaders do not give; parquet and Hub datasets go through pyarrow and
-datasets. Nothing is repaired in silence: bytes that are not UTF-8, doubled keys and short CSV rows
-are faults.
+Finding takes no time and no network, so that a misspelt name is told before anything is loaded.
+How a file is read is `readers`' matter; Hub datasets go through datasets.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterator
+import glob
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from whet.config import DataSection
+from whet.data.readers import SUFFIXES, TABLE_SUFFIXES, read_file, suffix_of
+from whet.data.rows import Fault, Row, kind_of
 from whet.errors import InputError, did_you_mean
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
+__all__ = [
+    "SUFFIXES", "Fault", "Row", "Source", "digest", "find_sources", "kind_of", "read_rows",
+    "read_source", "require_sources",
+]  # fmt: skip
+
+_SAMPLE = re.compile(r"(.+)#(\d+)", re.DOTALL)
+_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", *TABLE_SUFFIXES)
+# What datasets' save_to_disk, and the Hub, put beside the data.
+_NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One row as it was read.
+class Source:
+    """One source that a config names.
 
     Args:
-        values: The columns.
-        file: Name of the file or dataset, as the user wrote it.
-        number: Row number from 1.
-        line: Line number from 1, where the format has lines.
+        name: The name as it was written.
+        root: The folder that the names of its files are told from.
+        paths: Its files, in the order they are read; empty for the Hub.
+        hub: Dataset id on the Hub; None for files.
+        split: Split of the Hub dataset.
+        sample: How many rows to draw from all of its rows (`#N`); None takes them all.
+        weight: Share of this source in the mix, relative to the others.
     """
 
-    values: dict[str, Any]
-    file: str
-    number: int
-    line: int | None = None
+    name: str
+    root: Path = Path()
+    paths: tuple[Path, ...] = ()
+    hub: str | None = None
+    split: str = "train"
+    sample: int | None = None
+    weight: float = 1.0
 
-    @property
-    def where(self) -> str:
-        """The place to look at, such as `rows.jsonl:3` or `rows.parquet row 3`."""
-        return f"{self.file}:{self.line}" if self.line else f"{self.file} row {self.number}"
+    def file_name(self, path: Path) -> str:
+        """Return what rows call one of the files: its path from the folder or glob that was named."""
+        return path.relative_to(self.root).as_posix()
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """A row that cannot be used, and why.
+def find_sources(
+    named: str | Sequence[str], weights: Sequence[float] = (), key: str = "data.train"
+) -> list[Source]:
+    """Find the files behind the names of a config, without reading any.
 
     Args:
-        where: The place, such as `rows.jsonl:7`.
-        reason: What is wrong and what to do, as one sentence.
+        named: One name or several: a file, a folder (all data files in and below it), a glob, or a
+            Hub id as `id` or `id:split`; each may end in `#N`, unless a file is really called so.
+        weights: Weight of each name; empty for equal ones.
+        key: The config's key, for errors.
+
+    Raises:
+        InputError: A name leads to no data, or the weights do not fit; all mistakes are told.
     """
+    names = [named] if isinstance(named, str) else list(named)
+    if not names or names == [""]:
+        raise InputError(f"{key} is empty", fix=f"set {key} to a file, or to a list of files")
+    if weights and len(weights) != len(names):
+        raise InputError(
+            f"data.weights must have one weight for each source of {key}",
+            f"{len(weights)} weights for {len(names)} sources", "give one each, or none",
+        )  # fmt: skip
+    if wrong := [weight for weight in weights if not (weight > 0 and math.isfinite(weight))]:
+        raise InputError(
+            "data.weights must be above 0", wrong[0], "remove the source instead of giving it 0"
+        )
+    found: list[Source] = []
+    mistakes: list[InputError] = []
+    for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
+        try:
+            found.append(_find(name, weight, key))
+        except InputError as error:
+            mistakes.append(error)
+    if len(mistakes) == 1:
+        raise mistakes[0]
+    if mistakes:
+        raise InputError.listing(f"{len(mistakes)} sources of {key}:", map(str, mistakes))
+    return found
 
-    where: str
-    reason: str
 
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
+def read_source(
+    source: Source, text_rows: str = "file", streaming: bool = False
+) -> Iterator[Row | Fault]:
+    """Read all rows of a source; `#N` and the weight are left to the caller.
+
+    Args:
+        source: The source.
+        text_rows: `file` makes a text file one row, `line` makes each of its lines one.
+        streaming: Read a Hub dataset row by row instead of downloading it first.
+
+    Yields:
+        Rows in order, numbered anew in each file, and a Fault for each row that cannot be read.
+
+    Raises:
+        InputError: A file or the dataset cannot be read.
+    """
+    if source.hub is not None:
+        yield from _read_hub(source, streaming)
+    for path in source.paths:
+        yield from read_file(path, source.file_name(path), text_rows)
 
 
 def read_rows(source: str, text_rows: str = "file") -> Iterator[Row | Fault]:
-    """Read one source.
-
-    Args:
-        source: Path of a file, or a Hub dataset as `id` or `id:split`.
-        text_rows: `file` makes a text file one row, `line` makes each of its lines one.
-
-    Yields:
-        Rows in order, and a Fault in the place of each row that cannot be read.
-
-    Raises:
-        InputError: The source as a whole cannot be read.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        raise InputError(
-            f"data file '{source}' is a folder", fix="name the files in it, as a list in data.train"
-        )
-    if not path.exists():
-        if _names_a_file(source):
-            raise _missing(path, source)
-        yield from _read_hub(source)
-        return
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        yield from _read_parquet(path)
-        return
-    if suffix not in SUFFIXES:
-        raise InputError(
-            f"data file '{source}' has a suffix whet does not read", f"'{suffix}'",
-            f"use one of {', '.join(SUFFIXES)}",
-        )  # fmt: skip
-    text = _read_text(path)
-    if suffix == ".jsonl":
-        yield from _read_jsonl(path, text)
-    elif suffix == ".json":
-        yield from _read_json(path, text)
-    elif suffix in (".csv", ".tsv"):
-        yield from _read_csv(path, text, "," if suffix == ".csv" else "\t")
-    elif text_rows == "file":
-        yield Row({"text": text}, path.name, 1, 1)
-    else:
-        lines = (line for line in enumerate(text.split("\n"), 1) if line[1].strip())
-        for number, (line, content) in enumerate(lines, 1):
-            yield Row({"text": content}, path.name, number, line)
+    """Read all rows of one name, see `find_sources` and `read_source`."""
+    for found in find_sources(source):
+        yield from read_source(found, text_rows)
 
 
 def require_sources(data: DataSection) -> None:
@@ -116,212 +136,165 @@ def require_sources(data: DataSection) -> None:
     Raises:
         InputError: A file is missing, or no training data is named.
     """
-    if not data.train:
+    find_sources(data.train, data.weights)
+    if data.heldout:
+        find_sources(data.heldout, key="data.heldout")
+
+
+def digest(source: Source, streaming: bool = False) -> str | None:
+    """Return the SHA-256 of what a source holds, or None when that cannot be known.
+
+    Args:
+        source: The source; a Hub dataset is loaded (once: datasets keeps it), unless it streams.
+        streaming: Whether a Hub dataset is read row by row, which leaves nothing to hash.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
+    files = [(source.file_name(path), path) for path in source.paths]
+    if source.hub is not None:
+        if streaming:
+            return None
+        cached = [Path(file["filename"]) for file in _load_hub(source, streaming).cache_files]
+        files = [(path.name, path) for path in cached]
+        if not files:
+            return None  # it exists in memory alone
+    found = hashlib.sha256()
+    for name, path in files:
+        try:
+            found.update(f"{name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+            with path.open("rb") as file:
+                while piece := file.read(1 << 20):
+                    found.update(piece)
+        except OSError as error:
+            raise InputError(f"data file '{path}' cannot be read: {error.strerror}") from error
+    return found.hexdigest()
+
+
+def _find(name: str, weight: float, key: str) -> Source:
+    if not name.strip():
+        raise InputError(f"{key} has an empty name in its list", fix="remove it")
+    written, sample = name, None
+    if not Path(name).expanduser().exists():
+        if sampled := _SAMPLE.fullmatch(name):
+            written, sample = sampled[1], int(sampled[2])
+            if sample == 0:
+                raise InputError(f"'{name}' draws no rows", fix="draw 1 or more, or remove it")
+        elif "#" in name and Path(name.rpartition("#")[0]).expanduser().exists():
+            raise InputError(
+                f"'{name}': what follows # must be a number of rows", fix="such as #500"
+            )
+    path = Path(written).expanduser()
+    if path.is_dir():
+        return Source(name, path, _files_below(path, written), sample=sample, weight=weight)
+    if path.exists():
+        if suffix_of(path) is None:
+            raise InputError(
+                f"data file '{written}' has a suffix whet does not read",
+                f"'{path.suffix}'", f"use one of {', '.join(SUFFIXES)}, or .gz after one that is text",
+            )  # fmt: skip
+        return Source(name, path.parent, (path,), sample=sample, weight=weight)
+    if glob.has_magic(written):
+        root = Path(*_before_magic(path))
+        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        files = _data_files([match for match in matches if match.is_file()])
+        if not files:
+            raise InputError(
+                f"'{written}' matches no file that whet reads",
+                f"{len(matches)} matches", f"check {key}; known are {', '.join(SUFFIXES)}",
+            )  # fmt: skip
+        return Source(name, root, files, sample=sample, weight=weight)
+    if _names_a_file(written):
+        raise _missing(path, written, key)
+    hub, _, split = written.partition(":")
+    return Source(name, hub=hub, split=split or "train", sample=sample, weight=weight)
+
+
+def _before_magic(path: Path) -> list[str]:
+    parts = []
+    for part in path.parts:
+        if glob.has_magic(part):
+            break
+        parts.append(part)
+    return parts
+
+
+def _files_below(folder: Path, written: str) -> tuple[Path, ...]:
+    """Return the data files in and below a folder, in the order of their names."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"folder '{error.filename}' cannot be read: {error.strerror}") from error
+
+    found = []
+    for base, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(base, name) for name in files if not name.startswith(".")]
+    kept = _data_files(sorted(found))
+    if not kept:
         raise InputError(
-            "data.train is empty", fix="set data.train to a file, or to a list of files"
-        )
-    for named in (data.train, data.heldout or []):
-        for source in [named] if isinstance(named, str) else named:
-            path = Path(source).expanduser()
-            if not path.exists() and _names_a_file(source):
-                raise _missing(path, source)
+            f"folder '{written}' holds no file that whet reads", f"{len(found)} files",
+            f"known are {', '.join(SUFFIXES)}",
+        )  # fmt: skip
+    return kept
+
+
+def _data_files(files: Sequence[Path]) -> tuple[Path, ...]:
+    """Leave out what is no data: unknown suffixes, and texts beside data, which describe it."""
+    known = [path for path in files if suffix_of(path) and path.name not in _NOT_DATA]
+    data = [path for path in known if suffix_of(path) in _DATA_SUFFIXES]
+    return tuple(data or known)
 
 
 def _names_a_file(source: str) -> bool:
     known = Path(source).suffix.lower() in (*SUFFIXES, ".gz")
-    return known or source.startswith((".", "/", "~"))
+    like_a_path = source.startswith((".", "/", "~")) or source.endswith("/")
+    return known or like_a_path or source.count("/") > 1
 
 
-def _missing(path: Path, source: str) -> InputError:
+def _missing(path: Path, source: str, key: str) -> InputError:
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     guess = did_you_mean(path.name, beside)
     return InputError(
         f"data file '{source}' does not exist",
-        fix=f"did you mean '{path.with_name(guess)}'?" if guess else "check data.train",
+        fix=f"did you mean '{path.with_name(guess)}'?" if guess else f"check {key}",
     )
 
 
-def _read_text(path: Path) -> str:
-    """Return a file's text, without byte order mark and carriage returns."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"data file '{path}' cannot be read: {error.strerror}") from error
-    if not raw.strip():
-        raise InputError(
-            f"data file '{path}' is empty ({len(raw)} bytes)",
-            fix="check the path, or the step that wrote it",
-        )
-    if raw[:2] == b"\x1f\x8b":
-        raise InputError(
-            f"data file '{path}' is gzip, not text", fix="unpack it first (gunzip reads *.gz names)"
-        )
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        offset = error.start + (3 if raw[:3] == b"\xef\xbb\xbf" else 0)
-        line = raw.count(b"\n", 0, offset) + 1
-        place = offset - raw.rfind(b"\n", 0, offset)
-        raise InputError(
-            f"data file '{path}', line {line}, byte {place}: not UTF-8",
-            f"0x{raw[offset]:02X}, which looks like Latin-1",
-            "convert the file to UTF-8",
-        ) from error
-    return text.replace("\r\n", "\n")
-
-
-class _DoubledKey(ValueError):
-    """A JSON object that gives one key two different values."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values and values[key] != value:
-            raise _DoubledKey(f"key '{key}' occurs twice and the values differ; keep one")
-        values[key] = value
-    return values
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def _read_jsonl(path: Path, text: str) -> Iterator[Row | Fault]:
-    number = 0
-    for line, content in enumerate(text.split("\n"), 1):
-        if not content.strip():
-            continue
-        number += 1
-        where = f"{path.name}:{line}"
-        try:
-            value = _DECODER.decode(content.strip())
-        except json.JSONDecodeError as error:
-            yield Fault(where, f"not JSON at column {error.colno}: {_json_reason(error)}")
-        except _DoubledKey as error:
-            yield Fault(where, str(error))
-        else:
-            yield _row_or_fault(value, path.name, number, line)
-
-
-def _read_json(path: Path, text: str) -> Iterator[Row | Fault]:
-    """Read an array of objects, element by element, so that a fault knows its row and line."""
-    position = _skip(text, 0)
-    if text[position] != "[":
-        raise InputError(
-            f"data file '{path}' must hold a JSON array of rows", f"it starts with {text[:20]!r}",
-            "put the rows into [...], or name it .jsonl when each line is a row",
-        )  # fmt: skip
-    position, number = _skip(text, position + 1), 0
-    while position < len(text) and text[position] != "]":
-        number += 1
-        line = text.count("\n", 0, position) + 1
-        try:
-            value, position = _DECODER.raw_decode(text, position)
-            position = _skip(text, position)
-            if text[position : position + 1] not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
-        except json.JSONDecodeError as error:
-            # Past a broken element nothing says where the next one starts: the file is refused.
-            raise InputError(
-                f"data file '{path}', row {number}, line {error.lineno}, column {error.colno}: "
-                f"{_json_reason(error)}",
-                fix=f"fetch the file again, or end it with ] after row {number - 1}",
-            ) from error
-        except _DoubledKey as error:
-            raise InputError(f"data file '{path}', row {number}, line {line}: {error}") from error
-        yield _row_or_fault(value, path.name, number, line)
-        position = _skip(text, position + 1) if text[position] == "," else position
-    if number == 0:
-        raise InputError(f"data file '{path}' holds no rows", fix="check the step that wrote it")
-
-
-def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\n\r":
-        position += 1
-    return position
-
-
-def _json_reason(error: json.JSONDecodeError) -> str:
-    if error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string"):
-        return "the file or line ends inside a value"
-    return error.msg[0].lower() + error.msg[1:]
-
-
-def _row_or_fault(value: Any, file: str, number: int, line: int) -> Row | Fault:
-    if isinstance(value, dict):
-        return Row(value, file, number, line)
-    return Fault(f"{file}:{line}", f"a row must be an object with columns, not {kind_of(value)}")
-
-
-def _read_csv(path: Path, text: str, delimiter: str) -> Iterator[Row | Fault]:
-    # Without newline handling of its own, StringIO hands quoted line breaks to csv as they are.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header = next(reader)
-    number, line = 0, reader.line_num + 1
-    while True:
-        start = line
-        try:
-            fields = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as error:
-            raise InputError(f"data file '{path}', line {reader.line_num}: {error}") from error
-        line = reader.line_num + 1
-        if not fields:
-            continue
-        number += 1
-        if len(fields) == len(header):
-            yield Row(dict(zip(header, fields, strict=True)), path.name, number, start)
-            continue
-        lost = ", ".join(f"'{name}'" for name in header[len(fields) :])
-        what = f"{lost} is missing" if lost else "put text that holds the separator in quotes"
-        reason = f"row {number} has {len(fields)} fields, {len(header)} expected; {what}"
-        yield Fault(f"{path.name}:{start}", reason)
-    if number == 0:
-        raise InputError(f"data file '{path}' has a header and no rows")
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        for batch in file.iter_batches():
-            for values in batch.to_pylist():
-                number += 1
-                yield Row(values, path.name, number)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"data file '{path}' is not readable parquet: {error}") from error
-
-
-def _read_hub(source: str) -> Iterator[Row]:
+def _load_hub(source: Source, streaming: bool) -> Any:
     import datasets
+    from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HFValidationError
 
-    name, _, split = source.partition(":")
+    assert source.hub is not None
     try:
-        rows = datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError, HFValidationError) as error:
+        # Named only where it is wanted: the rest is a plain download.
+        wanted: dict[str, Any] = {"streaming": True} if streaming else {}
+        return datasets.load_dataset(source.hub, split=source.split, **wanted)
+    except (OSError, ValueError, HFValidationError, DatasetsError) as error:
         first = str(error).strip().split("\n")[0]
         raise InputError(
-            f"'{source}' is neither a file here nor a dataset the Hub gives: {first}",
+            f"'{source.name}' is neither a file here nor a dataset the Hub gives: {first}",
             fix="check data.train (a path, or a Hub id such as org/name:split) and the network",
         ) from error
-    for number, values in enumerate(rows, 1):
-        yield Row(dict(values), source, number)
 
 
-def kind_of(value: Any) -> str:
-    """Name a JSON value's type as a person would.
+def _read_hub(source: Source, streaming: bool) -> Iterator[Row]:
+    from datasets.exceptions import DatasetsError
 
-    Args:
-        value: Any value read from JSON or parquet.
-    """
-    for kind, name in (
-        (bool, "boolean"), (str, "text"), (int | float, "number"), (list, "list"), (dict, "object"),
-    ):  # fmt: skip
-        if isinstance(value, kind):
-            return name
-    return "null" if value is None else type(value).__name__
+    number, name = 0, source.name.partition("#")[0]
+    rows = iter(_load_hub(source, streaming))
+    while True:
+        try:
+            values = next(rows)
+        except StopIteration:
+            break
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            first = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"dataset '{name}' cannot be read beyond row {number}: {first}",
+                fix="check the network, and try again",
+            ) from error
+        number += 1
+        yield Row(dict(values), name, number)
+    if number == 0:
+        raise InputError(f"dataset '{name}' holds no rows", fix="check the split")

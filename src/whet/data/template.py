@@ -1,22 +1,36 @@
-"""Render a conversation with the tokenizer's chat template, and find what the assistant said.
+"""The chat template: which one a tokenizer gets, and conversations rendered with it.
 
-The assistant's spans come from the template itself: the render of the turns before an answer, with
-the generation prompt, ends where the answer starts, and the render that includes the answer ends
-where its end-of-turn ends. Nothing is searched for by a magic string.
+The tokenizer's own comes first. For base models there are built-in ones, each in the form its family
+documents, and a plain one; they are saved with the run's tokenizer, so that chat, generate and every
+export use the very same template. How answers are found in a render stands in spans.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from whet.data.formats import Message
-from whet.errors import InputError
+from whet.data.spans import (
+    end_of_turn,
+    render_text,
+    render_with_spans,
+    specials_in,
+    stop_token_ids,
+    unknown_specials,
+)
+from whet.errors import InputError, did_you_mean
 from whet.model import Tokenizer
 
-# For tokenizers that come without a chat template (base models). It is saved with the run's
-# tokenizer, so that chat, generate and every export use the very same one.
+__all__ = [
+    "BUILT_IN", "PLAIN_TEMPLATE", "Rendered", "end_of_turn", "render", "render_prompt",
+    "set_chat_template", "specials_in", "stop_token_ids", "unknown_specials",
+]  # fmt: skip
+
+# For tokenizers that come without a chat template (base models) and a config that names none.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
@@ -26,6 +40,19 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
 
+BUILT_IN = ("chatml", "llama-3", "mistral", "gemma", "phi-4", "qwen", "alpaca", "zephyr")
+# Other spellings, without case, blanks, dots and dashes. Newer versions only where the turns are the
+# same: Gemma 4 and Phi-4-mini write theirs differently.
+_SPELLINGS = {
+    **{re.sub(r"[^a-z0-9]", "", name): name for name in BUILT_IN},
+    **dict.fromkeys(("llama31", "llama32", "llama33"), "llama-3"),
+    **dict.fromkeys(("gemma2", "gemma3"), "gemma"),
+    **dict.fromkeys(("qwen2", "qwen25", "qwen3"), "qwen"),
+    "im": "chatml",
+}
+# The line that every built-in template begins with.
+_END_LINE = re.compile(r"\{%- set end_of_turn = (?:'([^']+)'|eos_token) %\}")
+
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
@@ -33,36 +60,45 @@ class Rendered:
 
     Args:
         text: The whole text.
-        spans: Start and end, in characters, of each answer with its end-of-turn.
+        spans: Start and end, in characters, of each answer with its end-of-turn; in the order of the
+            answers, one each (a template with `{% generation %}` marks may have more or fewer).
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
 
 
-def set_chat_template(tokenizer: Tokenizer, template_file: str | None) -> str:
+def set_chat_template(tokenizer: Tokenizer, wish: str | None) -> str:
     """Give the tokenizer the template the config asks for, in place.
 
     Args:
         tokenizer: The model's tokenizer.
-        template_file: A file with a Jinja template, or None for the tokenizer's own.
+        wish: A name of BUILT_IN, a file with a Jinja template, or None for the tokenizer's own.
 
     Returns:
         Where the template came from, in words for the report.
 
     Raises:
-        InputError: The file cannot be read, or whet's plain template needs an end-of-text token
-            that the tokenizer does not have.
+        InputError: There is no such template or file, it is not Jinja, or it needs an end-of-text
+            token that the tokenizer does not have.
     """
-    if template_file is not None:
-        try:
-            tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+    if wish is not None:
+        name = None if re.search(r"[/\\]|\.jinja2?$", wish) else _built_in_name(wish)
+        if name is not None:
+            return _set_built_in(tokenizer, name)
+        tokenizer.chat_template = _read(wish)
+        return f"the file {wish}"
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        if "default" not in own:
             raise InputError(
-                f"model.chat_template '{template_file}' cannot be read: {error}"
-            ) from error
-        return f"the file {template_file}"
-    if tokenizer.chat_template is not None:
+                "the tokenizer has several chat templates and none is called 'default'",
+                ", ".join(map(repr, own)),
+                "set model.chat_template to a built-in name or a file with a Jinja template",
+            )
+        tokenizer.chat_template = own["default"]
+        return "the tokenizer's own"
+    if own is not None:
         return "the tokenizer's own"
     if tokenizer.eos_token is None:
         raise InputError(
@@ -73,69 +109,89 @@ def set_chat_template(tokenizer: Tokenizer, template_file: str | None) -> str:
     return "whet's plain one (### Instruction / ### Response), because the tokenizer has none"
 
 
-def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+def _built_in_name(wish: str) -> str | None:
+    return _SPELLINGS.get(re.sub(r"[\s._-]", "", wish.lower()))
+
+
+def _set_built_in(tokenizer: Tokenizer, name: str) -> str:
+    """Set a built-in template; its end-of-turn is the tokenizer's own where it lacks the family's."""
+    template = (files("whet.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    line = _END_LINE.match(template)
+    assert line is not None, f"{name}.jinja does not begin with its end-of-turn"
+    family, eos = line.group(1), tokenizer.eos_token
+    if family is not None and not unknown_specials(tokenizer, family):
+        tokenizer.chat_template = template
+        return f"whet's {name}"
+    if eos is None:
+        raise InputError(
+            f"the {name} template ends a turn with {family or 'the end-of-text token'}, which the "
+            "tokenizer does not have, nor any end-of-text token to write for it",
+            fix="set model.chat_template to a file with a template that ends its turns otherwise",
+        )
+    tokenizer.chat_template = "{%- set end_of_turn = eos_token %}" + template[line.end() :]
+    if family is None or family == eos:
+        return f"whet's {name}"
+    return f"whet's {name}; its {family} is written as {eos}, which this tokenizer has"
+
+
+def _read(file: str) -> str:
+    """Read a Jinja file and check that it parses."""
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        template = Path(file).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        guess = did_you_mean(file.lower(), BUILT_IN)
+        raise InputError(
+            f"model.chat_template is neither a built-in template ({', '.join(BUILT_IN)}) nor a file",
+            f"'{file}'",
+            f"did you mean '{guess}'?" if guess else "give one of these names, or a Jinja file",
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"model.chat_template '{file}' cannot be read: {error}") from error
+    try:
+        render_jinja_template([], chat_template=template)  # compiles it, and renders nothing
+    except TemplateSyntaxError as error:
+        raise InputError(
+            f"model.chat_template '{file}' is not a Jinja template: line {error.lineno}: "
+            f"{error.message}",
+            fix="correct that line",
+        ) from error
+    return template
+
+
+def render_prompt(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()
+) -> str:
     """Return a conversation as text that ends where the assistant is to speak.
 
     Args:
         tokenizer: A tokenizer with a chat template.
         messages: The turns so far.
+        tools: JSON schemas of the functions that the assistant can call.
+
+    Raises:
+        InputError: The template refuses these turns.
     """
-    return _render(tokenizer, messages, add_generation_prompt=True)
+    return render_text(tokenizer, messages, tools, add_generation_prompt=True)
 
 
-def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> Rendered:
+def render(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()
+) -> Rendered:
     """Return a whole conversation as text, with the spans of the assistant's turns.
+
+    One answer takes two renders, each further one two more; an answer that is rendered differently
+    once more turns follow takes another.
 
     Args:
         tokenizer: A tokenizer with a chat template.
-        messages: The turns, as role and content.
+        messages: The turns, as role and content; an answer may have `tool_calls`.
+        tools: JSON schemas of the functions that the assistant can call.
 
     Raises:
-        InputError: The template refuses these turns, or renders a turn differently when more follow,
-            so that its place cannot be told.
+        InputError: The template refuses these turns, or renders a turn so differently when more
+            follow that its place cannot be told.
     """
-    text = _render(tokenizer, messages)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(tokenizer, messages[:index], add_generation_prompt=True) if index else ""
-        upto = _render(tokenizer, messages[: index + 1])
-        if not text.startswith(upto):
-            raise InputError(
-                "the chat template renders an answer differently when more turns follow it",
-                fix="keep the last answer of each conversation only, or set model.chat_template",
-            )
-        start = len(before) if upto.startswith(before) else _content_start(upto, message["content"])
-        spans.append((start, len(upto.rstrip())))
-    return Rendered(text, tuple(spans))
-
-
-def _content_start(upto: str, content: str) -> int:
-    """Find the answer at the end of a render whose generation prompt differs from its turn header."""
-    start = upto.rfind(content.strip())
-    if start < 0:
-        raise InputError(
-            "the chat template changes the answer's text, so its place cannot be told",
-            f"{content[:40]!r}",
-            "set model.chat_template to one that keeps it",
-        )
-    return start
-
-
-def _render(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    add_generation_prompt: bool = False,
-) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise InputError(f"the chat template refuses the turns ({roles}): {error}") from error
+    return Rendered(*render_with_spans(tokenizer, messages, tools))

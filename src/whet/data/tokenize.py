@@ -1,4 +1,4 @@
-"""Token ids and labels of an example.
+"""Token ids and labels of examples.
 
 A label is the token's own id where the token is learned and -100 where it is not; the shift by one
 position happens where the loss is computed, as everywhere in transformers.
@@ -6,19 +6,33 @@ position happens where the loss is computed, as everywhere in transformers.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from whet.data.formats import Example
-from whet.data.template import render
+from whet.data.template import Rendered, render
 from whet.errors import InputError
 from whet.model import Tokenizer
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 IGNORED = -100
+
+# What is known of a row beside its tokens; the bits of Tokens.flags.
+HAS_END = 1  # its last learned token is a control token that ends a turn (or it is plain text)
+CONVERSATION = 2
+EMPTY_ANSWER = 4
+CHOSEN = 8
+REJECTED = 16
+DESIRABLE = 32
+UNDESIRABLE = 64
+CONTINUES = 128  # a window that goes on where the one before it ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +45,7 @@ class Tokens:
         where: The place the example came from.
         num_truncated: Tokens cut off at the end.
         num_lost_labels: Learned tokens among those cut off.
-        has_end: Whether every answer ends with a learned end-of-turn (true for plain text).
+        flags: What else is known of it, bits such as HAS_END.
     """
 
     input_ids: list[int]
@@ -39,97 +53,215 @@ class Tokens:
     where: str
     num_truncated: int = 0
     num_lost_labels: int = 0
-    has_end: bool = True
+    flags: int = HAS_END
 
     @property
     def num_labels(self) -> int:
         """Tokens that enter the loss; the first token has nothing before it to be learned from."""
         return sum(label != IGNORED for label in self.labels[1:])
 
+    @property
+    def has_end(self) -> bool:
+        """Whether it ends with a learned end-of-turn (true for plain text)."""
+        return bool(self.flags & HAS_END)
 
-def tokenize(
-    example: Example,
-    tokenizer: Tokenizer,
-    max_length: int,
-    loss_on: str = "assistant",
-) -> Iterator[Tokens]:
-    """Tokenise one example.
+
+@dataclass(slots=True)
+class Piece:
+    """One row of a store before it is written: Tokens as arrays, with the hashes of its example.
 
     Args:
-        example: A conversation or a text.
-        tokenizer: Its tokenizer, with a chat template.
-        max_length: Longest example in tokens. A conversation is cut at its end; a text is cut into
-            windows, so that nothing of it is lost.
+        ids: Token ids, int32.
+        learned: Whether each is learned, bool.
+        where: The place the example came from.
+        flags: Bits such as HAS_END.
+        num_truncated: Tokens cut off at the end.
+        num_lost_labels: Learned tokens among those cut off.
+        example: Number of its example.
+        key: Hash of the example.
+        question: Hash of what stands before its last answer.
+        answer: Hash of the last answer.
+    """
+
+    ids: NDArray[np.int32]
+    learned: NDArray[np.bool_]
+    where: str
+    flags: int = 0
+    num_truncated: int = 0
+    num_lost_labels: int = 0
+    example: int = 0
+    key: int = 0
+    question: int = 0
+    answer: int = 0
+
+
+def hash64(text: str) -> int:
+    """Return the first eight bytes of a text's SHA-256: the same number in every run."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def tokenize(
+    example: Example, tokenizer: Tokenizer, max_length: int, loss_on: str = "assistant"
+) -> Iterator[Tokens]:
+    """Tokenise one example; see `encode`."""
+    for piece in encode([example], tokenizer, max_length, loss_on):
+        labels = np.where(piece.learned, piece.ids, IGNORED)
+        yield Tokens(
+            piece.ids.tolist(), labels.tolist(), piece.where, piece.num_truncated,
+            piece.num_lost_labels, piece.flags,
+        )  # fmt: skip
+
+
+def encode(
+    examples: Sequence[Example], tokenizer: Tokenizer, max_length: int, loss_on: str = "assistant"
+) -> list[Piece]:
+    """Tokenise examples, all of them in one call of the tokenizer.
+
+    Args:
+        examples: Conversations, pairs, texts or token ids.
+        tokenizer: Their tokenizer, with a chat template.
+        max_length: Longest row in tokens. A conversation is cut at its end; a text is cut into windows,
+            so that nothing of it is lost.
         loss_on: `assistant` labels the answers with their end-of-turn, `all` labels everything.
 
-    Yields:
-        One Tokens for a conversation, one a window for a text.
+    Returns:
+        One piece for a conversation, two for a pair (the chosen one first), one a window for a text.
 
     Raises:
-        InputError: A row that is tokenised already has ids this tokenizer does not have.
+        InputError: A row that is tokenised already has ids this tokenizer does not have, or the template
+            refuses a conversation.
     """
-    if example.messages:
-        yield _tokenize_conversation(example, tokenizer, max_length, loss_on)
-        return
-    if example.input_ids:
-        yield _cut(example, tokenizer, max_length)
-        return
-    ids = list(tokenizer(example.text, verbose=False)["input_ids"])
-    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-        ids.append(tokenizer.eos_token_id)
-    for start in range(0, len(ids), max_length):
-        window = ids[start : start + max_length]
-        if len(window) > 1:  # a window of one token has nothing to predict
-            yield Tokens(window, list(window), example.where)
-
-
-def _tokenize_conversation(
-    example: Example, tokenizer: Tokenizer, max_length: int, loss_on: str
-) -> Tokens:
-    rendered = render(tokenizer, example.messages)
+    controls = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    rendered: list[tuple[int, int, Rendered]] = []
+    for number, example in enumerate(examples):
+        for flags, messages in _sides(example):
+            try:
+                rendered.append((number, flags, render(tokenizer, messages, example.tools)))
+            except InputError as error:
+                raise InputError(f"{example.where}: {error.what}", error.got, error.fix) from error
     # The template writes the special tokens itself; the tokenizer must not add its own again.
-    encoded = tokenizer(
-        rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    ids = list(encoded["input_ids"])
-    starts = [start for start, _ in encoded["offset_mapping"]]
-    if loss_on == "all":
-        labels = list(ids)
-    else:
-        learned = [any(a <= start < b for a, b in rendered.spans) for start in starts]
-        labels = [i if on else IGNORED for i, on in zip(ids, learned, strict=True)]
-    special = set(tokenizer.all_special_ids) | {tokenizer.eos_token_id}
-    kept, lost = labels[:max_length], labels[max_length:]
-    return Tokens(
-        ids[:max_length],
-        kept,
-        example.where,
-        num_truncated=max(0, len(ids) - max_length),
-        num_lost_labels=sum(label != IGNORED for label in lost),
-        has_end=_last_label(kept) in special,
-    )
+    encodings = _encodings(tokenizer, [r.text for _, _, r in rendered], add_special_tokens=False)
+    found: list[Piece] = []
+    for (number, flags, text), encoding in zip(rendered, encodings, strict=True):
+        ids = np.array(encoding.ids, np.int32)
+        answers = _inside(encoding, text.spans, len(ids))
+        learned = np.ones(len(ids), bool) if loss_on == "all" else answers
+        piece = _cut(ids, learned, examples[number].where, max_length)
+        ends = np.flatnonzero(answers[:max_length])
+        piece.flags = flags | CONVERSATION
+        if len(ends) and int(ids[ends[-1]]) in controls:
+            piece.flags |= HAS_END
+        piece.example = number
+        found.append(piece)
+    found += _from_texts(examples, tokenizer, max_length)
+    found += [
+        piece
+        for number, example in enumerate(examples)
+        if example.input_ids
+        for piece in [_from_ids(example, number, len(tokenizer), max_length)]
+    ]
+    found.sort(key=lambda piece: piece.example)  # stable: pairs and windows stay in their order
+    _hash(found, examples)
+    return found
 
 
-def _cut(example: Example, tokenizer: Tokenizer, max_length: int) -> Tokens:
-    """Take a row that is tokenised already, with the labels it has."""
-    ids, labels = list(example.input_ids), list(example.labels)
-    num = len(tokenizer)
-    if wrong := [i for i in ids if not 0 <= i < num]:
+def _sides(example: Example) -> Iterator[tuple[int, Any]]:
+    """Yield the conversations of an example: one, or the two of a pair."""
+    if not example.messages:
+        return
+    if example.rejected:
+        yield CHOSEN, example.messages
+        yield REJECTED, example.rejected
+        return
+    label = {None: 0, True: DESIRABLE, False: UNDESIRABLE}[example.desirable]
+    empty = not any(m["content"].strip() or m.get("tool_calls") for m in example.messages[-1:])
+    yield label | (EMPTY_ANSWER if empty else 0), example.messages
+
+
+def _encodings(tokenizer: Tokenizer, texts: list[str], **how: Any) -> list[Any]:
+    if not texts:
+        return []
+    found = tokenizer(texts, verbose=False, **how).encodings
+    if found is None:
         raise InputError(
-            f"{example.where}: token id {wrong[0]} is not one of the tokenizer's {num}",
+            "the tokenizer does not tell where its tokens stand in the text",
+            type(tokenizer).__name__,
+            "use the fast tokenizer of this model (a tokenizer.json)",
+        )
+    return found
+
+
+def _inside(encoding: Any, spans: Sequence[tuple[int, int]], num: int) -> NDArray[np.bool_]:
+    """Tell which tokens start inside one of the spans."""
+    found = np.zeros(num, bool)
+    for start, stop in spans:
+        found[_token_from(encoding, start, num) : _token_from(encoding, stop, num)] = True
+    return found
+
+
+def _token_from(encoding: Any, place: int, num: int) -> int:
+    """Return the first token that starts at a character or behind it."""
+    token = encoding.char_to_token(place)
+    if token is None:  # behind the end, or a character that the tokenizer drops
+        if not num or encoding.token_to_chars(num - 1)[1] <= place:
+            return num
+        return next((i for i, (start, _) in enumerate(encoding.offsets) if start >= place), num)
+    while token < num and encoding.token_to_chars(token)[0] < place:
+        token += 1
+    return token
+
+
+def _cut(ids: NDArray[np.int32], learned: NDArray[np.bool_], where: str, most: int) -> Piece:
+    return Piece(
+        ids[:most],
+        learned[:most],
+        where,
+        num_truncated=max(0, len(ids) - most),
+        num_lost_labels=int(learned[most:].sum()),
+    )
+
+
+def _from_texts(examples: Sequence[Example], tokenizer: Tokenizer, most: int) -> Iterator[Piece]:
+    """Yield the windows of the plain texts, each text with its end-of-text token."""
+    numbers = [n for n, e in enumerate(examples) if e.text and not e.messages and not e.input_ids]
+    end = tokenizer.eos_token_id
+    for number, encoding in zip(
+        numbers, _encodings(tokenizer, [examples[n].text for n in numbers]), strict=True
+    ):
+        ids = np.array(encoding.ids, np.int32)
+        if end is not None and ids[-1:].tolist() != [end]:
+            ids = np.append(ids, np.int32(end))
+        for start in range(0, len(ids), most):
+            window = ids[start : start + most]
+            if len(window) > 1:  # a window of one token has nothing to predict
+                flags = HAS_END | (CONTINUES if start else 0)
+                learned = np.ones(len(window), bool)
+                yield Piece(window, learned, examples[number].where, flags, example=number)
+
+
+def _from_ids(example: Example, number: int, vocabulary: int, most: int) -> Piece:
+    """Take a row that is tokenised already, with the labels it has."""
+    if wrong := [i for i in example.input_ids if not 0 <= i < vocabulary]:
+        raise InputError(
+            f"{example.where}: token id {wrong[0]} is not one of the tokenizer's {vocabulary}",
             fix="tokenise the rows with this model's tokenizer",
         )
-    return Tokens(
-        ids[:max_length],
-        labels[:max_length],
-        example.where,
-        num_truncated=max(0, len(ids) - max_length),
-        num_lost_labels=sum(label != IGNORED for label in labels[max_length:]),
-    )
+    learned = np.array(example.labels) != IGNORED
+    piece = _cut(np.array(example.input_ids, np.int32), learned, example.where, most)
+    piece.flags, piece.example = HAS_END, number
+    return piece
 
 
-def _last_label(labels: list[int]) -> int | None:
-    return next((label for label in reversed(labels) if label != IGNORED), None)
+def _hash(pieces: Sequence[Piece], examples: Sequence[Example]) -> None:
+    """Give pieces the hashes of their examples."""
+    hashes: dict[int, tuple[int, int, int]] = {}
+    for piece in pieces:
+        if piece.example not in hashes:
+            example = examples[piece.example]
+            texts = (example.key, example.prompt_key, example.answer.strip().lower())
+            hashes[piece.example] = (hash64(texts[0]), hash64(texts[1]), hash64(texts[2]))
+        piece.key, piece.question, piece.answer = hashes[piece.example]
 
 
 def collate(rows: Sequence[Tokens], pad_token_id: int) -> dict[str, torch.Tensor]:

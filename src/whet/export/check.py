@@ -8,11 +8,12 @@ it is cast to that type. So the bound follows the model and the rows, and nothin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whet.data.formats import Example
-from whet.data.report import read_examples
+from whet.data.prepare import examples_of
 from whet.data.template import render
 from whet.errors import InputError
 from whet.model import Tokenizer
@@ -102,15 +103,15 @@ def _texts(run: RunFolder, tokenizer: Tokenizer) -> list[str]:
     data = run.config.data
     sources = data.heldout or data.train
     try:
-        found = read_examples(data, [sources] if isinstance(sources, str) else sources)
+        found = list(islice(examples_of(data, sources), _NUM_ROWS))
     except InputError:  # the rows have moved since; any text shows whether the weights are right
         return list(_FALLBACK_TEXTS)
-    return [_text(tokenizer, example) for example in found[:_NUM_ROWS]] or list(_FALLBACK_TEXTS)
+    return [_text(tokenizer, example) for example in found] or list(_FALLBACK_TEXTS)
 
 
 def _text(tokenizer: Tokenizer, example: Example) -> str:
     if example.messages:
-        return render(tokenizer, example.messages).text
+        return render(tokenizer, example.messages, example.tools).text
     if example.input_ids:
         return str(tokenizer.decode(example.input_ids[:500]))
     return example.text[:2000]

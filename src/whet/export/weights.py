@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from whet.config_file import to_yaml
 from whet.errors import InputError
+from whet.generate import end_token_ids
 from whet.model import CausalLM
 from whet.model.load import choose_dtype, load_model, load_tokenizer
 from whet.runs import RunFolder, require_free, whole_folder, write_text
@@ -82,12 +83,8 @@ def _set_turn_end(model: CausalLM, tokenizer: Any) -> None:
     """Have the exported model stop where training taught it to stop."""
     settings = model.generation_config
     assert settings is not None
-    ids = settings.eos_token_id
-    known = [ids] if isinstance(ids, int) else list(ids or [])
-    if tokenizer.eos_token_id not in known:
-        settings.eos_token_id = (
-            [*known, tokenizer.eos_token_id] if known else tokenizer.eos_token_id
-        )
+    found = end_token_ids(model, tokenizer)
+    settings.eos_token_id = found[0] if len(found) == 1 else found
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id
 

@@ -102,7 +102,7 @@ def unpack_gguf(path: Path) -> Path:
         InputError: The file is not a model that transformers reads.
         WhetError: The disk has no room.
     """
-    folder = _cache_dir() / "gguf" / f"{path.stem}-{_fingerprint(path)}"
+    folder = cache_dir() / "gguf" / f"{path.stem}-{_fingerprint(path)}"
     if folder.is_dir():
         return folder
     import torch
@@ -136,8 +136,8 @@ def _forget_quantization(model: CausalLM) -> None:
             delattr(model, name)
 
 
-def _cache_dir() -> Path:
-    # The XDG base directory, as every desktop program uses it.
+def cache_dir() -> Path:
+    """Return whet's folder in the user's cache: the XDG base directory, as desktop programs use it."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whet"
 
 

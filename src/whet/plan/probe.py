@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from whet.data.packing import StepSampler
+from whet.data.store import lengths_of
 from whet.data.tokenize import Tokens
 from whet.engine.memory import release_workspaces
 from whet.plan.count import AllocationCounter, storages_of
@@ -74,11 +75,11 @@ def largest_pass(plan: Plan, rows: Sequence[Tokens]) -> list[Tokens]:
         rows: The training examples.
     """
     load, packing = plan.workload, plan.packing
-    lengths = [len(tokens.input_ids) for tokens in rows]
+    lengths = lengths_of(rows)
     sampler = StepSampler(lengths, load.batch_size, load.seed, load.batch_tokens)
     steps = [step for number, step in enumerate(sampler) if number < 64]
     passes = [group for step in steps for group in packing.passes([rows[i] for i in step])]
-    alone = [max(rows, key=lambda tokens: len(tokens.input_ids))]  # wherever in the epoch it comes
+    alone = [rows[int(lengths.argmax())]]  # wherever in the epoch it comes
     return max([alone, *passes], key=packing.num_entered)
 
 

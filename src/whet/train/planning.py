@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from whet.config import Config
-from whet.data.report import PreparedData
+from whet.data.prepare import PreparedData
+from whet.data.store import count_labels, lengths_of
 from whet.engine.swap import current_policies, set_policies, takes_packed
 from whet.model import CausalLM
 from whet.model.load import choose_dtype, device
@@ -25,8 +26,8 @@ def plan_run(config: Config, data: PreparedData, limit: int, listener: Listener)
     """Plan the memory, before anything is loaded or written."""
     listener.stage("planning the memory")
     dtype, _ = choose_dtype(config.model.dtype, config.train.parameters != "lora")
-    lengths = [len(tokens.input_ids) for tokens in data.train]
-    workload = workload_of(config, lengths, sum(t.num_labels for t in data.train), limit)
+    lengths = lengths_of(data.train).tolist()
+    workload = workload_of(config, lengths, count_labels(data.train), limit)
     target = target_of(device().type, config.plan.memory, dtype)
     plan = make_plan(config, workload, target, dtype, advise=False)
     require_fit(plan)

@@ -6,8 +6,9 @@ in a Listener and show what it hears; this module prints nothing.
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from whet.config import Config
-from whet.data.report import PreparedData, prepare
+from whet.data.gates import check_gates, require_method
+from whet.data.prepare import PreparedData, prepare
 from whet.data.template import set_chat_template
 from whet.engine.embeddings import place_embeddings
 from whet.engine.graphs import LAUNCH_SECONDS, CudaRecorder, GraphedPasses, reason_against
@@ -44,6 +46,9 @@ from whet.train.trainer import StepSettings, WhetTrainer
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+
+TOLD_SECONDS = 5  # between two lines on how far reading the data is
 
 
 def fit(
@@ -76,8 +81,10 @@ def fit(
     check_optimizer(config.train.optimizer)
     tokenizer = load_tokenizer(config.model)
     template = set_chat_template(tokenizer, config.model.chat_template)
-    data = prepare(config.data, tokenizer, limit, template)
+    data = prepare(config.data, tokenizer, limit, template, _tell_rows(listener))
     _tell_data(data, listener)
+    check_gates(data.report, config.data.allow)
+    require_method(config.method, data.report)
     plan = plan_run(config, data, limit, listener)
 
     if resume:
@@ -89,6 +96,8 @@ def fit(
             listener.note(f"the earlier run '{run.path}' is now '{moved}'")
     with run.lock():
         _write_report_head(run, config, data)
+        if data.refused is not None:
+            shutil.copyfile(data.refused, run.path / "refused.jsonl")
         model = _load(config, listener)
         base_samples = _measure_base(run, config, model, tokenizer, data, listener)
         model = _train(run, config, model, tokenizer, data, plan, checkpoint, listener, callbacks)
@@ -103,9 +112,24 @@ def fit(
     return run
 
 
+def _tell_rows(listener: Listener) -> Callable[[int], None]:
+    """Return what tells, every few seconds, how many examples are tokenised."""
+    started = told = time.perf_counter()
+
+    def tell(examples: int) -> None:
+        nonlocal told
+        now = time.perf_counter()
+        if now - told >= TOLD_SECONDS:
+            told = now
+            rate = examples / (now - started)
+            listener.stage(f"reading the data: {examples:,} examples, {rate:,.0f} a second")
+
+    return tell
+
+
 def _tell_data(data: PreparedData, listener: Listener) -> None:
     train, heldout = data.report.train, data.report.heldout
-    share = train.tokens_learned / train.tokens
+    share = train.tokens_learned / max(1, train.tokens)
     listener.note(
         f"{train.examples} examples ({', '.join(train.formats)}), {train.tokens:,} tokens, {share:.0%} "
         f"of them learned, the longest example {train.longest}"
@@ -241,7 +265,7 @@ def _put_engine(
         return
     notes, apart = report.lines(), ""
     if config.engine.check != "off":
-        shortest = min(data.train, key=lambda tokens: len(tokens.input_ids))
+        shortest = data.train[int(data.train.lengths.argmin())]
         ids, labels = (
             torch.tensor([values], device=model.device)
             for values in (shortest.input_ids, shortest.labels)

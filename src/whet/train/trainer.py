@@ -23,6 +23,7 @@ from transformers.training_args import OptimizerNames
 
 from whet.config import Config
 from whet.data.packing import Packing, StepSampler
+from whet.data.store import lengths_of
 from whet.data.tokenize import Tokens
 from whet.engine.graphs import GraphedPasses
 from whet.engine.passes import PackedPass
@@ -118,7 +119,7 @@ class WhetTrainer(Trainer):
         """Return a loader whose batches are the rows of whole optimizer steps."""
         rows: Any = self.train_dataset
         train = self.whet_config.train
-        lengths = [len(tokens.input_ids) for tokens in rows]
+        lengths = lengths_of(rows)
         seed = train.seed if train.shuffle else None
         sampler = StepSampler(lengths, train.batch_size, seed, train.batch_tokens)
         loader = DataLoader(rows, batch_sampler=sampler, collate_fn=list)
