@@ -94,14 +94,14 @@ def read_examples(
             yield example
 
     for source in sources:
-        rows = _sampled(source, data)
+        rows = _sampled(source, data, reading)
         if most is not None:
             rows = islice(rows, max(0, most - reading.rows_read))
         yield from counted(merge_turns(_usable(rows, data, reading, refused), data.merge_turns))
         reading.ends.append(count)
 
 
-def _sampled(source: Source, data: DataSection) -> Iterator[Row | Fault]:
+def _sampled(source: Source, data: DataSection, reading: Reading) -> Iterator[Row | Fault]:
     """Return a source's rows; with `#N`, N of them drawn by a fixed seed, in their order."""
     rows = read_source(source, data.text_rows, data.streaming)
     if source.sample is None:
@@ -109,6 +109,8 @@ def _sampled(source: Source, data: DataSection) -> Iterator[Row | Fault]:
     if data.streaming and not source.paths:
         return islice(rows, source.sample)
     total = sum(1 for _ in rows)  # reading twice keeps no rows in memory
+    if total < source.sample:
+        reading.notes.append(f"'{source.name}' has {total} rows, and all of them are taken")
     dice = random.Random(SAMPLE_SEED)
     chosen = set(dice.sample(range(total), min(source.sample, total)))
     again = read_source(source, data.text_rows, data.streaming)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from whet.data.formats import Example
 from whet.data.pipeline import SAMPLE_SEED, Reading, read_examples, write_store
 from whet.data.report import DataReport, report_split
 from whet.data.sources import Source, find_sources, require_sources
-from whet.data.store import FILES, StoredExamples, TokenRows, TokenStore, write_examples
+from whet.data.store import FILES, StoredExamples, TokenRows, TokenStore
 from whet.data.tokenize import hash64
 from whet.errors import InputError
 from whet.model import Tokenizer
@@ -139,10 +140,10 @@ def _write(
     if data.heldout is None and data.heldout_fraction:
         again = read_examples(sources["train"], data, Reading(), data.max_rows)
         chosen = _chosen_for_heldout(TokenStore(folder / "train"), data.heldout_fraction)
-        _write_ordinals(folder, chosen)
+        chosen.tofile(folder / "heldout.ordinals")
         wanted = set(chosen.tolist())
         kept = (example for number, example in enumerate(again) if number in wanted)
-        write_examples(kept, folder / "heldout.jsonl").tofile(folder / "heldout.offsets")
+        deque(_written(kept, folder), maxlen=0)
     contents = [
         cache.hash_file(folder / split / name)
         for split in sources
@@ -162,11 +163,6 @@ def _written(examples: Iterable[Example], folder: Path) -> Iterator[Example]:
             out.write(json.dumps(asdict(example)).encode() + b"\n")
             yield example
     np.array(offsets, np.int64).tofile(folder / "heldout.offsets")
-    _write_ordinals(folder, np.arange(len(offsets)))
-
-
-def _write_ordinals(folder: Path, ordinals: NDArray[np.int64]) -> None:
-    ordinals.astype(np.int64).tofile(folder / "heldout.ordinals")
 
 
 def _chosen_for_heldout(store: TokenStore, fraction: float) -> NDArray[np.int64]:
@@ -229,8 +225,9 @@ def _learnable(rows: TokenRows) -> TokenRows:
 
 def _examples_of(heldout: TokenRows, folder: Path, keeper: object) -> StoredExamples:
     offsets = np.fromfile(folder / "heldout.offsets", np.int64)
-    ordinals = np.fromfile(folder / "heldout.ordinals", np.int64)
-    places = np.searchsorted(ordinals, heldout.column("example"))
+    places = heldout.column("example")
+    if (folder / "heldout.ordinals").exists():  # of all rows, some were chosen
+        places = np.searchsorted(np.fromfile(folder / "heldout.ordinals", np.int64), places)
     return StoredExamples(folder / "heldout.jsonl", offsets[places], keeper)
 
 

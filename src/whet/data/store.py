@@ -9,8 +9,8 @@ room for.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, overload
 
@@ -222,16 +222,6 @@ class StoredExamples(Sequence[Example]):
         with self.file.open("rb") as file:
             file.seek(int(self.offsets[key]))
             return _example(json.loads(file.readline()))
-
-
-def write_examples(examples: Iterable[Example], file: Path) -> NDArray[np.int64]:
-    """Write examples as JSON lines, and return where each starts."""
-    offsets = []
-    with file.open("wb") as out:
-        for example in examples:
-            offsets.append(out.tell())
-            out.write(json.dumps(asdict(example)).encode() + b"\n")
-    return np.array(offsets, np.int64)
 
 
 def _example(values: dict[str, Any]) -> Example:
