@@ -2,7 +2,7 @@
 # make test   install what the tests need, then lint, check imports and types, and run all tests, those
 #             of the model, the engine and the trainer on the oldest transformers too (test-oldest)
 # make lint   the checks without the tests
-# make bench-cpu    whet beside transformers, trl and unsloth on this CPU: about 40 minutes where products run at 0.4 TFLOP/s
+# make bench-cpu    whet beside transformers, trl and unsloth on this CPU: half an hour where products run at 0.4 TFLOP/s
 # make bench-quick  this working tree beside main, in under three minutes
 
 PYTHON ?= python3
