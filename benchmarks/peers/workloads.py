@@ -19,6 +19,7 @@ _ALL = [
         batch_size=1,
         accumulation=1,
         rounds=3,
+        heldout=8,
         device="cpu",
         variants=_LONG,
         at_once=3,
