@@ -345,6 +345,7 @@ def plot(found: dict[str, list[Point]], file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = plt.subplots(
         1, len(found), figsize=(4.2 * len(found), 3.6), squeeze=False, layout="constrained"
@@ -361,6 +362,12 @@ def plot(found: dict[str, list[Point]], file: Path) -> None:
                          color="#94a3b8", markersize=4)  # fmt: skip
             other.set_ylabel("peak MiB above (squares)", color="#64748b", fontsize=8)
         axis.text(0.05, 0.9, f"seconds ~ n^{exponent:.2f}", transform=axis.transAxes)
+        for each in (
+            axis,
+            *figure.axes[len(axes[0]) :],
+        ):  # between decades there is no room for words
+            each.xaxis.set_minor_formatter(NullFormatter())
+            each.yaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(PARTS[name].title, fontsize=8)
         axis.set_title(name, loc="left", fontweight="bold")
         axis.legend(fontsize=7, loc="lower right")

@@ -62,7 +62,10 @@ def data(
             for name, text in found
         ]
         told["rows"] = [
-            {"title": row.title, "pieces": [p and {"text": p[0], "learned": p[1]} for p in row.pieces]}
+            {
+                "title": row.title,
+                "pieces": [p and {"text": p[0], "learned": p[1]} for p in row.pieces],
+            }
             for row in shown
         ]
         typer.echo(json.dumps(told, indent=2, ensure_ascii=False))

@@ -108,7 +108,16 @@ class DataSection(Section):
     """Share of the training rows set aside for evaluation when `heldout` is null; the same rows each
     time, and copies of a row stay on one side."""
     format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "prompt", "qa", "text", "preference", "kto", "tokens"
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt",
+        "qa",
+        "text",
+        "preference",
+        "kto",
+        "tokens",
     ] = "auto"
     """Layout of a row: messages ([{role, content}]), sharegpt (conversations [{from, value}]), alpaca
     (instruction, input, output), prompt (prompt, completion), qa (question, answer), text, preference

@@ -65,7 +65,7 @@ def choose_rows(prepared: PreparedData, tokenizer: Tokenizer, num: int = 3) -> l
     rows = prepared.train
     if not len(rows) or num < 1:
         return []
-    between = [round(i * (len(rows) - 1) / max(1, num - 1)) for i in range(num - 1)]
+    between = [round(i * (len(rows) - 1) / max(1, num - 2)) for i in range(num - 1)]
     numbers = sorted({*between, int(rows.lengths.argmax())})
     return [show_row(rows[number], tokenizer) for number in numbers]
 
@@ -83,9 +83,7 @@ def show_row(tokens: Tokens, tokenizer: Tokenizer) -> Shown:
     return Shown(f"{title} (the middle is left out)", [*start, None, *end])
 
 
-def _runs(
-    tokens: Tokens, start: int, stop: int, tokenizer: Tokenizer
-) -> list[tuple[str, bool]]:
+def _runs(tokens: Tokens, start: int, stop: int, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     """Decode a part of a row in runs.
 
     Each run's text is what it adds to the text before it, since some tokenizers write a token otherwise

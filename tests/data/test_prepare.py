@@ -49,7 +49,9 @@ def test_a_store_gives_back_what_was_tokenised(tmp_path, tokenizer):
 
 def test_windows_of_a_text_stand_in_a_store_one_by_one(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("turn red into a colour " * 50)
-    section = DataSection(train=str(tmp_path / "a.txt"), heldout=str(tmp_path / "a.txt"), cache=False)
+    section = DataSection(
+        train=str(tmp_path / "a.txt"), heldout=str(tmp_path / "a.txt"), cache=False
+    )
     data = prepare(section, tokenizer, 32)
     assert len(data.train) > 5 and data.report.train.duplicates == 0
     assert "".join(tokenizer.decode(t.input_ids) for t in data.train).startswith("turn red into a")
@@ -58,9 +60,7 @@ def test_windows_of_a_text_stand_in_a_store_one_by_one(tmp_path, tokenizer):
 
 
 def test_the_second_time_comes_from_the_cache_and_is_the_same(tmp_path, tokenizer):
-    section = DataSection(
-        train=write(tmp_path / "a.jsonl", rows_of(50)), heldout_fraction=0.2
-    )
+    section = DataSection(train=write(tmp_path / "a.jsonl", rows_of(50)), heldout_fraction=0.2)
     first, second = (prepare(section, tokenizer, 40) for _ in range(2))
     assert not first.report.cached and second.report.cached
     assert contents(first) == contents(second) and first.report.sha256 == second.report.sha256
@@ -249,13 +249,17 @@ def test_refused_rows_are_listed_with_their_reason(tmp_path, tokenizer):
 
 def test_pairs_and_judged_answers_keep_what_they_are(tmp_path, tokenizer):
     pairs = [{"prompt": "red", "chosen": "four", "rejected": "nine"}]
-    data = prepare(DataSection(train=write(tmp_path / "p.jsonl", pairs), cache=False), tokenizer, 64)
+    data = prepare(
+        DataSection(train=write(tmp_path / "p.jsonl", pairs), cache=False), tokenizer, 64
+    )
     chosen, rejected = data.train
     assert (chosen.flags & 24, rejected.flags & 24) == (8, 16)
     words = [tokenizer.decode([i for i in t.labels if i >= 0]) for t in (chosen, rejected)]
     assert words == ["four<|im_end|>", "nine<|im_end|>"]
     judged = [{"prompt": "red", "completion": w, "label": w == "four"} for w in ("four", "nine")]
-    data = prepare(DataSection(train=write(tmp_path / "k.jsonl", judged), cache=False), tokenizer, 64)
+    data = prepare(
+        DataSection(train=write(tmp_path / "k.jsonl", judged), cache=False), tokenizer, 64
+    )
     assert [t.flags & 96 for t in data.train] == [32, 64]
 
 

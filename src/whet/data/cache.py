@@ -48,7 +48,10 @@ def key_of(
         tokenizer: The model's tokenizer, with its chat template.
         max_length: Longest row in tokens.
     """
-    contents = {split: [digest(source, data.streaming) for source in found] for split, found in sources.items()}
+    contents = {
+        split: [digest(source, data.streaming) for source in found]
+        for split, found in sources.items()
+    }
     if any(content is None for found in contents.values() for content in found):
         return None
     if data.formatting is not None:

@@ -12,7 +12,9 @@ from whet.errors import InputError
 from whet.model import Tokenizer
 
 PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z_][\w.]{0,40}\s*\}\}")
-RENDERED = 4  # conversations of a chunk whose rendered text is searched: the template is the same for all
+RENDERED = (
+    4  # conversations of a chunk whose rendered text is searched: the template is the same for all
+)
 
 
 def inspect_example(

@@ -198,7 +198,7 @@ class StepSampler:
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | NDArray[np.int32],
         batch_size: int,
         seed: int | None,
         batch_tokens: int | None = None,

@@ -144,11 +144,7 @@ def _write(
         wanted = set(chosen.tolist())
         kept = (example for number, example in enumerate(again) if number in wanted)
         deque(_written(kept, folder), maxlen=0)
-    contents = [
-        cache.hash_file(folder / split / name)
-        for split in sources
-        for name in FILES[:2]
-    ]
+    contents = [cache.hash_file(folder / split / name) for split in sources for name in FILES[:2]]
     drawn = [data.weights, data.heldout_fraction]
     found["sha256"] = hashlib.sha256(json.dumps([contents, drawn]).encode()).hexdigest()
     (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")

@@ -230,9 +230,7 @@ def report_split(
     return found
 
 
-def _find_common_answer(
-    found: SplitReport, rows: TokenRows, numbers: Any, decode: Any
-) -> None:
+def _find_common_answer(found: SplitReport, rows: TokenRows, numbers: Any, decode: Any) -> None:
     """Note the most frequent answer when so many rows have it that the rest hardly matters."""
     answers = rows.column("answer")[numbers]
     values, first, counts = np.unique(answers, return_index=True, return_counts=True)

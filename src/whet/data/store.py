@@ -66,7 +66,15 @@ def to_batch(
         counts: What was met.
     """
     records = np.zeros(len(pieces), RECORD)
-    for name in ("example", "key", "question", "answer", "num_truncated", "num_lost_labels", "flags"):
+    for name in (
+        "example",
+        "key",
+        "question",
+        "answer",
+        "num_truncated",
+        "num_lost_labels",
+        "flags",
+    ):
         records[name] = [getattr(piece, name) for piece in pieces]
     records["length"] = [len(piece.ids) for piece in pieces]
     records["num_labels"] = [int(piece.learned[1:].sum()) for piece in pieces]
