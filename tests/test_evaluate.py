@@ -69,3 +69,40 @@ def test_a_plain_model_is_measured_on_a_file(loaded, rows_file):
     assert found.tuned is None and found.base.num_tokens > 0
     with pytest.raises(InputError, match="--data"):
         compare(loaded)
+
+
+def test_a_second_set_is_measured_beside_whatever_its_layout(loaded, rows_file, tmp_path):
+    """Each set's scores are those it has alone; base and tuned of one plain model are one."""
+    other = tmp_path / "other.jsonl"
+    other.write_text(
+        '{"question": "a user", "answer": "the number"}\n{"question": "red", "answer": "4"}\n'
+    )
+    found = compare(loaded, str(rows_file), str(other))
+    assert found.base == compare(loaded, str(rows_file)).base
+    assert found.also.base == compare(loaded, str(other)).base and found.also.tuned is None
+    assert not found.also.base_samples
+
+
+def test_what_a_run_forgot_is_told_on_the_terminal(
+    config, rows_file, tmp_path, capsys, monkeypatch
+):
+    import sys
+
+    from whet.cli import main
+    from whet.train.recipe import fit
+
+    run = fit(load_config(config, ["train.max_steps=4", "eval.exact_match=false"]))
+    other = tmp_path / "other.txt"
+    other.write_text("the assistant answers a user. " * 20)
+    names = ["whet", "eval", str(run.path), "--data", str(rows_file), "--also", str(other)]
+    monkeypatch.setattr(sys, "argv", names)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "Held-out rows" in out and f"Second set: {other}" in out
+    assert "nats per token" in out.split("Second set")[1]
+    monkeypatch.setattr(sys, "argv", [*names[:-1], "nowhere.jsonl"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2

@@ -7,6 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from whet.compat.arguments import TrainingArguments
+    from whet.compat.chat import get_chat_template, train_on_responses_only
+    from whet.compat.models import (
+        FastLanguageModel,
+        FastModel,
+        is_bf16_supported,
+        is_bfloat16_supported,
+    )
+    from whet.compat.trl import SFTConfig as SFTConfig
+    from whet.compat.trl import SFTTrainer as SFTTrainer
     from whet.config import Config
     from whet.config_file import load_config
     from whet.errors import InputError, WhetError
@@ -14,8 +24,11 @@ if TYPE_CHECKING:
     from whet.trained import load_trained
 
 __version__ = "0.1.0"
+# Names that need an extra (SFTTrainer, SFTConfig) are not among them, for `from whet import *`.
 __all__ = [
-    "Config", "InputError", "WhetError", "fit", "load_config", "load_trained",
+    "Config", "FastLanguageModel", "FastModel", "InputError", "TrainingArguments", "WhetError", "fit",
+    "get_chat_template", "is_bf16_supported", "is_bfloat16_supported", "load_config", "load_trained",
+    "train_on_responses_only",
 ]  # fmt: skip
 
 _HOMES = {
@@ -25,6 +38,15 @@ _HOMES = {
     "WhetError": "whet.errors",
     "fit": "whet.train.recipe",
     "load_trained": "whet.trained",
+    "FastLanguageModel": "whet.compat.models",
+    "FastModel": "whet.compat.models",
+    "is_bf16_supported": "whet.compat.models",
+    "is_bfloat16_supported": "whet.compat.models",
+    "TrainingArguments": "whet.compat.arguments",
+    "get_chat_template": "whet.compat.chat",
+    "train_on_responses_only": "whet.compat.chat",
+    "SFTTrainer": "whet.compat.trl",
+    "SFTConfig": "whet.compat.trl",
 }
 
 

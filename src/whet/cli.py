@@ -134,22 +134,31 @@ def train(
 def evaluate(
     name: RunOrModel,
     data: DataFile = None,
+    also: Annotated[
+        str | None,
+        typer.Option(help="A second set, measured beside: what did training make it forget?"),
+    ] = None,
     set_: Assignments = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity (and exact match) on held-out rows, the base beside the tuned model."""
     from whet.evaluate import compare
-    from whet.terminal import Terminal, console, show_evaluation
+    from whet.terminal import Terminal, console, show_evaluation, show_second_set
 
+    for file in (data, also):
+        if file is not None:
+            require_sources(DataSection(train=file))
     terminal = Terminal(console(stderr=as_json))
     terminal.stage(f"loading {name}")
     loaded = _load(name, set_)
     terminal.stage("measuring")
-    found = asdict(compare(loaded, data))
+    found = asdict(compare(loaded, data, also))
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
     show_evaluation(terminal.out, {k: v for k, v in found.items() if v}, loaded.config.eval.samples)
+    if also is not None:
+        show_second_set(terminal.out, found["also"], also)
 
 
 @app.command(epilog=keys("engine"))

@@ -30,6 +30,12 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * 1024**power)
 
 
+# Methods whose loss compares whole answers, in whet's own trainer.
+PREFERENCES = ("dpo", "orpo", "kto")
+# Methods that trl's trainers run.
+WITH_TRL = ("reward", "grpo")
+
+
 class Section(BaseModel):
     """A part of the config: strict types, no unknown keys."""
 
@@ -49,7 +55,11 @@ class ModelSection(Section):
     """The model to start from."""
 
     name: str = "smollm2-135m"
-    """Hub id, local Hugging Face folder, `.gguf` file, or the short name `smollm2-135m`."""
+    """Hub id, local Hugging Face folder, `.gguf` file, or the short name `smollm2-135m`. With
+    `init: random` a folder with a config.json and a tokenizer is enough."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Weights to start from: the model's own, or random ones as its config.json describes them, drawn with
+    `train.seed` (training from scratch; needs `train.parameters: full`)."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model; null is its main branch."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -134,9 +144,9 @@ class DataSection(Section):
     """System prompt put before every conversation that has none."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Tokens that are learned: the assistant's turns, or all. Plain text is always learned whole."""
-    text_rows: Literal["file", "line"] = "file"
-    """A .txt or .md file is one document, or one document a line. Long documents are cut into
-    windows of `model.max_length` tokens; nothing is dropped."""
+    text_rows: Literal["file", "paragraph", "line"] = "file"
+    """A .txt or .md file is one document, or one a paragraph (blank lines between), or one a line. Long
+    documents are cut into windows of `model.max_length` tokens; nothing is dropped."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """A row that cannot be used: stop and tell, or skip it and count it."""
     max_rows: int | None = Field(default=None, ge=1)
@@ -181,7 +191,17 @@ class TrainSection(Section):
     """Gradients are clipped to this norm; 0 turns clipping off."""
     optimizer: str = "adamw_torch"
     """Optimizer, by its name in transformers.TrainingArguments: adamw_torch, adamw_8bit (moments in a
-    quarter of the memory), paged_adamw_8bit (CUDA: moved out when memory is short), sgd, ..."""
+    quarter of the memory), paged_adamw_8bit (CUDA: moved out when memory is short), sgd, ...; or muon
+    (arXiv 2502.16982: the matrices of the layers, AdamW for the rest). docs/optimizers.md lists them."""
+    optimizer_args: dict[str, str | float | int | bool] = {}
+    """Settings of the optimizer, by the names that docs/optimizers.md lists for it, such as
+    {rank: 64, update_proj_gap: 100}."""
+    optimizer_targets: list[str] = []
+    """Modules whose gradients galore_* and apollo_* optimizers project, such as [attn, mlp]; empty is
+    every linear layer of the decoder that is trained."""
+    lora_plus_ratio: float | None = Field(default=None, ge=1)
+    """LoRA+ (arXiv 2402.12354): the B matrices learn at this many times `learning_rate`; 16 is usual.
+    null leaves one rate for all."""
     seed: int = Field(default=3407, ge=0)
     """Seed of the adapter's start, the order of the rows and dropout."""
     shuffle: bool = True
@@ -191,7 +211,10 @@ class TrainSection(Section):
     checkpoint_steps: int | None = Field(default=200, ge=1)
     """Steps between two checkpoints; null writes one at the end only."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """How many checkpoints are kept, the newest first."""
+    """How many checkpoints are kept, the newest first; the best one (`eval.keep_best`) besides."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
+    """Trackers that are told what metrics.jsonl is told, which is always written. tensorboard and wandb
+    write into the run's folder; their own settings and environment variables hold."""
 
 
 class EngineSection(Section):
@@ -265,13 +288,63 @@ class EvalSection(Section):
     """Held-out rows shown with both models' answers."""
     steps: int | None = Field(default=None, ge=1)
     """Steps between two measurements of the held-out loss during training; null measures none."""
+    patience: int | None = Field(default=None, ge=1)
+    """Measurements in a row without a better held-out loss after which training stops; null: never."""
+    keep_best: bool = False
+    """Keep the checkpoint with the best held-out loss, and save its weights at the end of the run."""
+
+
+class PreferenceSection(Section):
+    """How pairs and judged answers are learned: methods dpo, orpo, kto and reward."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """dpo and kto: how strongly the model is held to the reference (larger stays closer). orpo: weight
+    of the odds ratio beside the plain loss."""
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """Loss of dpo: sigmoid (arXiv 2305.18290), ipo (arXiv 2310.12036, by the token) or hinge
+    (arXiv 2305.10425)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of the pairs taken to be judged the wrong way round (conservative DPO); sigmoid only."""
+    reference: Literal["auto", "adapter_off", "start"] = "auto"
+    """The model that dpo and kto stay close to. adapter_off: the base, with the adapter turned off, which
+    costs no memory. start: the trained parameters as they were before training, kept beside. auto takes
+    adapter_off where an adapter starts at nothing, else start."""
+    nll_on: Literal["all", "answer"] = "all"
+    """Tokens of a chosen text that orpo's plain loss is taken over: all, as in trl and in the authors'
+    code, or the answer's alone."""
+    desirable_weight: float = Field(default=1.0, ge=0)
+    """kto: weight of the good answers (arXiv 2402.01306, eq. 8)."""
+    undesirable_weight: float = Field(default=1.0, ge=0)
+    """kto: weight of the bad answers; set the two so that both kinds weigh about the same."""
+    share_prompts: bool = True
+    """Compute what both answers of a pair begin with once; false computes it for each. It changes
+    memory and speed, never the loss."""
+
+
+class GrpoSection(Section):
+    """How method grpo samples answers and judges them (arXiv 2402.03300); trl runs it."""
+
+    reward: str | list[str] = []
+    """Function that judges answers, as `file.py:function` or `module:function`, or a list of them. It is
+    called with prompts, completions, and answer (those of the data), lists all, and returns a number for
+    each. A file is looked up beside the config first."""
+    num_generations: int = Field(default=8, ge=2)
+    """Answers sampled to each prompt; they are compared with each other."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Longest sampled answer in tokens."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of the sampling."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the distance to the model before training; 0 needs no reference."""
 
 
 class Config(Section):
     """A whole run, as written in a config file."""
 
-    method: Literal["sft"] = "sft"
-    """Training method: sft learns the answers of conversations, or all of a plain text."""
+    method: Literal["sft", "pretrain", "dpo", "orpo", "kto", "reward", "grpo"] = "sft"
+    """Training method: sft learns the answers of conversations, or all of a plain text; pretrain learns
+    plain text only; dpo and orpo learn from pairs (chosen, rejected), kto from answers with a label, reward
+    makes a model that scores answers, of pairs; grpo samples answers and learns from `grpo.reward`."""
     run: RunSection = RunSection()
     """Where the run is kept."""
     model: ModelSection = ModelSection()
@@ -290,6 +363,10 @@ class Config(Section):
     """What the memory is used for."""
     eval: EvalSection = EvalSection()
     """What is measured."""
+    preference: PreferenceSection = PreferenceSection()
+    """How pairs and judged answers are learned."""
+    grpo: GrpoSection = GrpoSection()
+    """How answers are sampled and judged."""
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
@@ -307,6 +384,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"train.parameters '{train.parameters}' needs weights that can change, and "
             "model.load_in_4bit freezes them; set one of the two back"
         )
+    if config.model.init == "random" and train.parameters != "full":
+        yield (
+            f"model.init 'random' makes weights that know nothing, and train.parameters "
+            f"'{train.parameters}' would leave them so; set train.parameters: full"
+        )
     if lora.init == "loftq" and not config.model.load_in_4bit:
         yield "lora.init 'loftq' corrects 4-bit weights; set model.load_in_4bit: true"
     if lora.init == "pissa" and config.model.load_in_4bit:
@@ -321,8 +403,31 @@ def _contradictions(config: Config) -> Iterator[str]:
     if config.plan.policy in ("recompute", "offload") and not config.engine.enabled:
         if config.plan.policy == "offload":
             yield "plan.policy 'offload' needs the engine; set engine.enabled: true"
+    if train.lora_plus_ratio is not None and train.parameters != "lora":
+        yield "train.lora_plus_ratio is for adapters; leave it out or set train.parameters: lora"
+    if (config.eval.patience or config.eval.keep_best) and not config.eval.steps:
+        yield "eval.patience and eval.keep_best go by the held-out loss during training; set eval.steps"
+    if config.eval.steps and config.data.heldout is None and not config.data.heldout_fraction:
+        yield "eval.steps measures held-out rows; set data.heldout or data.heldout_fraction"
     if config.pack.split and not config.pack.enabled:
         yield "pack.split cuts packed examples; set pack.enabled: true"
+    if config.method in PREFERENCES and config.data.loss_on == "all":
+        yield f"method '{config.method}' compares answers; leave data.loss_on at assistant"
+    if config.method in PREFERENCES and config.pack.split:
+        yield f"method '{config.method}' needs whole answers; set pack.split: false"
+    if config.preference.label_smoothing and config.preference.loss_type != "sigmoid":
+        yield "preference.label_smoothing is for preference.loss_type sigmoid; set one of the two back"
+    if config.preference.reference == "adapter_off" and train.parameters != "lora":
+        yield (
+            f"preference.reference 'adapter_off' needs an adapter; with train.parameters "
+            f"'{train.parameters}' set it to start"
+        )
+    if config.method == "grpo" and not config.grpo.reward:
+        yield "method 'grpo' needs a function that judges answers; set grpo.reward: file.py:function"
+    if config.method == "reward" and config.model.load_in_4bit:
+        yield "method 'reward' does not train 4-bit models yet; set model.load_in_4bit: false"
+    if config.method == "kto" and train.batch_size < 2:
+        yield "method 'kto' compares the answers of a step; set train.batch_size: 2 or more"
     if config.plan.memory is not None:
         try:
             parse_bytes(config.plan.memory)

@@ -144,7 +144,7 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
 
     for section, key in (
         ("data", "train"), ("data", "heldout"), ("data", "formatting"), ("model", "name"),
-        ("model", "chat_template"),
+        ("model", "chat_template"), ("grpo", "reward"),
     ):  # fmt: skip
         part = tree.get(section)
         if isinstance(part, dict) and key in part:
@@ -228,6 +228,13 @@ _FOREIGN_NAMES = {
     "lr_scheduler": "train.schedule",
     "lr_scheduler_type": "train.schedule",
     "optim": "train.optimizer",
+    "optim_args": "train.optimizer_args",
+    "optim_target_modules": "train.optimizer_targets",
+    "loraplus_lr_ratio": "train.lora_plus_ratio",
+    "report_to": "train.trackers",
+    "eval_steps": "eval.steps",
+    "early_stopping_patience": "eval.patience",
+    "load_best_model_at_end": "eval.keep_best",
     "num_epochs": "train.epochs",
     "num_train_epochs": "train.epochs",
     "micro_batch_size": "plan.tokens_per_pass",

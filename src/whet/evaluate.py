@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from whet.config import EvalSection
+from whet.config import DataSection, EvalSection
 from whet.data.formats import Example
+from whet.data.pairs import with_good_answers
 from whet.data.prepare import PreparedData, prepare
 from whet.data.template import render_prompt
 from whet.data.tokenize import Tokens, collate
@@ -143,40 +144,70 @@ def answer(
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A base model beside the tuned one, on the same rows. A plain model has no `tuned`."""
+    """A base model beside the tuned one, on the same rows. A plain model has no `tuned`.
+
+    Args:
+        base: The base model's scores.
+        tuned: The tuned model's.
+        base_samples: The base model's answers.
+        tuned_samples: The tuned model's, to the same rows.
+        also: Both on a second set, which tells what training made the model forget.
+    """
 
     base: Scores
     tuned: Scores | None
     base_samples: list[Sample]
     tuned_samples: list[Sample]
+    also: Comparison | None = None
 
 
-def compare(loaded: Loaded, file: str | None = None) -> Comparison:
+def compare(loaded: Loaded, file: str | None = None, also: str | None = None) -> Comparison:
     """Measure a run's base and tuned model, or one plain model.
 
     Args:
         loaded: The model.
         file: Rows to measure on; None takes the run's held-out rows.
+        also: A second set, to measure forgetting: rows of what the base model was good at.
 
     Raises:
         InputError: There are no rows to measure on.
     """
     config = loaded.config
-    if file is not None:
-        # The held-out file stands in for the training file too, which is not read for an evaluation.
-        section = config.data.model_copy(
-            update={"train": file, "heldout": file, "heldout_fraction": 0.0, "max_rows": None}
-        )
-    else:
-        section = config.data
+    section = config.data if file is None else _section_of(config.data, file)
     if section.heldout is None and not section.heldout_fraction:
         raise InputError("there are no held-out rows", fix="name a file with --data")
-    data = prepare(section, loaded.tokenizer, max_length(config.model), "as trained")
-    with loaded.base() as model:
+    sets = [(section, config.eval)]
+    if also is not None:
+        # It may be laid out in another way than what was learned.
+        other = {"format": "auto", "columns": {}, "formatting": None}
+        second = _section_of(config.data, also).model_copy(update=other)
+        sets.append((second, config.eval.model_copy(update={"samples": 0})))
+    prepared = [
+        (with_good_answers(_prepared(loaded, section)), settings) for section, settings in sets
+    ]
+
+    def measure(model: CausalLM) -> list[tuple[Scores, list[Sample]]]:
         attach_engine(model, config)
-        base, base_samples = evaluate(model, loaded.tokenizer, data, config.eval)
-    if loaded.run is None:
-        return Comparison(base, None, base_samples, [])
-    attach_engine(loaded.model, config)
-    tuned, tuned_samples = evaluate(loaded.model, loaded.tokenizer, data, config.eval)
-    return Comparison(base, tuned, base_samples, tuned_samples)
+        return [evaluate(model, loaded.tokenizer, data, settings) for data, settings in prepared]
+
+    with loaded.base() as model:
+        base = measure(model)
+    tuned = measure(loaded.model) if loaded.run is not None else [(None, [])] * len(base)
+    found = [
+        Comparison(before, after, samples, tuned_samples)
+        for (before, samples), (after, tuned_samples) in zip(base, tuned, strict=True)
+    ]
+    return found[0] if also is None else replace(found[0], also=found[1])
+
+
+def _section_of(section: DataSection, file: str) -> DataSection:
+    """Return a data section that measures on a file.
+
+    The file stands in for the training file too, which is not read for an evaluation.
+    """
+    changes = {"train": file, "heldout": file, "heldout_fraction": 0.0, "max_rows": None}
+    return section.model_copy(update=changes)
+
+
+def _prepared(loaded: Loaded, section: DataSection) -> PreparedData:
+    return prepare(section, loaded.tokenizer, max_length(loaded.config.model), "as trained")

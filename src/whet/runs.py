@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ RESUMABLE_KEYS = {
     "run.name", "run.dir", "train.max_steps", "train.epochs", "train.log_steps",
     "train.checkpoint_steps", "train.keep_checkpoints", "eval.batch_size", "eval.exact_match",
     "eval.max_new_tokens", "eval.samples", "eval.max_rows", "eval.steps",
+    "eval.patience", "eval.keep_best", "train.trackers",
 }  # fmt: skip
 
 
@@ -168,12 +169,15 @@ def start_run(config: Config) -> tuple[RunFolder, Path | None]:
     return run, moved
 
 
-def resume_run(config: Config, data_sha256: str) -> tuple[RunFolder, Path]:
-    """Open a run that was interrupted, with its newest checkpoint.
+def resume_run(
+    config: Config, data_sha256: str, choose: Callable[[list[Path]], Path] = lambda found: found[-1]
+) -> tuple[RunFolder, Path]:
+    """Open a run that was interrupted, with the checkpoint to go on from.
 
     Args:
         config: The run's config; what it may change is in RESUMABLE_KEYS.
         data_sha256: Hash of the tokenised data, which must be what it was.
+        choose: Returns one of its checkpoints, given oldest first; the newest if left out.
 
     Raises:
         InputError: There is nothing to resume, or the config would change the run's numbers.
@@ -202,8 +206,9 @@ def resume_run(config: Config, data_sha256: str) -> tuple[RunFolder, Path]:
         raise InputError(
             f"run '{run.path}' has no checkpoint to resume from", fix="start it without --resume"
         )
+    checkpoint = choose(checkpoints)
     write_text(run.config_file, to_yaml(config))
-    return run, checkpoints[-1]
+    return run, checkpoint
 
 
 def _differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any]]:

@@ -150,14 +150,17 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def score_table(base: dict[str, Any], tuned: dict[str, Any] | None) -> Table:
+def score_table(
+    base: dict[str, Any], tuned: dict[str, Any] | None, title: str = "Held-out rows"
+) -> Table:
     """Return the table of held-out scores, base beside tuned.
 
     Args:
         base: The base model's scores, as in report.json.
         tuned: The tuned model's, or None for a plain model.
+        title: What the rows are.
     """
-    table = Table(title="Held-out rows", title_justify="left", title_style="bold", box=SIMPLE)
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE)
     table.add_column("")
     table.add_column("base" if tuned else "model", justify="right")
     if tuned:
@@ -208,6 +211,22 @@ def show_evaluation(out: Console, evaluation: dict[str, Any], num_samples: int) 
     base = [Sample(**sample) for sample in evaluation["base_samples"]]
     tuned = [Sample(**sample) for sample in evaluation.get("tuned_samples", [])]
     show_samples(out, base, tuned, num_samples)
+
+
+def show_second_set(out: Console, found: dict[str, Any], name: str) -> None:
+    """Print the scores of the set that tells what was forgotten.
+
+    Args:
+        out: Where to.
+        found: Scores of the base and of the tuned model, as in report.json.
+        name: Of the set.
+    """
+    base, tuned = found["base"], found["tuned"]
+    out.print(score_table(base, tuned, f"Second set: {name}"))
+    if tuned:
+        more = tuned["loss"] - base["loss"]
+        word = "forgotten" if more > 0 else "gained"
+        out.print(f"  {word}: {abs(more):.4f} nats per token", markup=False)
 
 
 def show_verification(out: Console, verification: Verification) -> None:

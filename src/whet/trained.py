@@ -45,7 +45,7 @@ class Loaded:
             yield self.model
         else:
             dtype = next(self.model.parameters()).dtype
-            yield load_model(self.config.model, dtype).eval()
+            yield load_model(self.config.model, dtype, seed=self.config.train.seed).eval()
 
 
 def load_trained(name: str, assignments: list[str] | None = None) -> Loaded:
@@ -63,7 +63,8 @@ def load_trained(name: str, assignments: list[str] | None = None) -> Loaded:
         tokenizer = load_tokenizer(config.model)
         set_chat_template(tokenizer, config.model.chat_template)
         dtype, _ = choose_dtype(config.model.dtype, full=False)
-        return Loaded(load_model(config.model, dtype).eval(), tokenizer, config, None)
+        model = load_model(config.model, dtype, seed=config.train.seed)
+        return Loaded(model.eval(), tokenizer, config, None)
     run = RunFolder.open(name)
     config = load_config(run.config, assignments) if assignments else run.config
     tokenizer = load_tokenizer(config.model, run.weights_dir)

@@ -23,33 +23,30 @@ from whet.errors import InputError, did_you_mean
 _TRIED_ROWS = 8
 
 
-def load_formatting(path_and_name: str) -> Callable[..., Any]:
+def load_formatting(path_and_name: str, key: str = "data.formatting") -> Callable[..., Any]:
     """Load a function from a file or a module.
 
     Args:
         path_and_name: `file.py:function` or `package.module:function`.
+        key: The config's key that names it, for errors.
 
     Raises:
         InputError: It cannot be loaded; the sentence says what is in the way.
     """
     place, _, name = path_and_name.rpartition(":")
     if not place or not name:
-        raise InputError(
-            "data.formatting must be file.py:function or module:function", f"'{path_and_name}'"
-        )
-    module = _load_module(place)
+        raise InputError(f"{key} must be file.py:function or module:function", f"'{path_and_name}'")
+    module = _load_module(place, key)
     if not hasattr(module, name):
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         guess = did_you_mean(name, known)
         raise InputError(
-            f"data.formatting: '{place}' has no function '{name}'",
+            f"{key}: '{place}' has no function '{name}'",
             fix=f"did you mean '{guess}'?" if guess else "check its name",
         )
     function = getattr(module, name)
     if not callable(function):
-        raise InputError(
-            f"data.formatting: '{name}' in '{place}' must be a function", kind_of(function)
-        )
+        raise InputError(f"{key}: '{name}' in '{place}' must be a function", kind_of(function))
     return function
 
 
@@ -87,14 +84,14 @@ def apply_formatting(
             yield _one(function, name, row, _columns(rows))
 
 
-def _load_module(place: str) -> ModuleType:
+def _load_module(place: str, key: str) -> ModuleType:
     path = Path(place).expanduser()
     is_file = path.suffix == ".py"
     if is_file and not path.is_file():
         beside = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         guess = did_you_mean(path.name, beside)
         raise InputError(
-            f"data.formatting: file '{place}' does not exist",
+            f"{key}: file '{place}' does not exist",
             fix=f"did you mean '{path.with_name(guess)}'?" if guess else "check its path",
         )
     try:
@@ -108,7 +105,7 @@ def _load_module(place: str) -> ModuleType:
     # It is the user's code: whatever it raises is the user's to see, in a sentence.
     except (Exception, SystemExit) as error:
         raise InputError(
-            f"data.formatting: '{place}' cannot be imported: {type(error).__name__}: {error}",
+            f"{key}: '{place}' cannot be imported: {type(error).__name__}: {error}",
             fix="correct it"
             if is_file
             else "install its package, or name its file as file.py:function",

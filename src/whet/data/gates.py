@@ -13,6 +13,32 @@ from whet.errors import InputError
 
 MOST_MASKED = 0.05
 MOST_TRUNCATED = 0.20
+# What the rows of a format hold, where it is not one answer each.
+_KINDS = {
+    "preference": "pairs of answers",
+    "kto": "answers with a judgement",
+    "text": "plain text",
+    "tokens": "token ids",
+}
+_LEARNS = {
+    "sft": ("one answer each", "plain text", "token ids"),
+    "pretrain": ("plain text", "token ids"),
+    "grpo": ("one answer each",),
+    "kto": ("answers with a judgement",),
+    **dict.fromkeys(("dpo", "orpo", "reward"), ("pairs of answers",)),
+}
+_METHOD_OF = {
+    "pairs of answers": "dpo",
+    "answers with a judgement": "kto",
+    "plain text": "pretrain",
+    "token ids": "sft",
+    "one answer each": "sft",
+}
+_WAYS_OUT = {
+    "pairs of answers": "set method: dpo, or map the good answer's column, such as data.format: prompt "
+    "with data.columns: {completion: chosen}",
+    "answers with a judgement": "set method: kto, or give rows with one answer each",
+}
 
 
 def check_gates(report: DataReport, allow: Collection[str] = ()) -> None:
@@ -94,13 +120,17 @@ def require_method(method: str, report: DataReport) -> None:
         report: The supervision report.
 
     Raises:
-        InputError: They are pairs or judged answers, and the method is `sft`.
+        InputError: A file holds another kind of rows.
     """
-    kinds = {"preference": "pairs of answers", "kto": "answers with a judgement"}
+    wanted = _LEARNS[method]
     for name in report.train.formats:
-        if method == "sft" and name in kinds:
+        kind = _KINDS.get(name, "one answer each")
+        if name.startswith("function ") and method in ("sft", "pretrain", "grpo"):
+            continue  # what a function of the user's makes is a text or a conversation
+        if kind not in wanted:
             raise InputError(
-                f"format '{name}' holds {kinds[name]}, which method 'sft' does not learn from",
-                fix="give rows with one answer each, or map the good answer's column, such as "
-                "data.format: prompt with data.columns: {completion: chosen}",
+                f"format '{name}' holds {kind}, which method '{method}' does not learn from",
+                fix=_WAYS_OUT[kind]
+                if method == "sft"
+                else f"give rows with {wanted[0]}, or set method: {_METHOD_OF[kind]}",
             )

@@ -8,6 +8,7 @@ fewest passes). Examples are never split unless asked for.
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -217,17 +218,23 @@ class StepSampler:
             return -(-len(self.lengths) // self.batch_size)
         return min(len(self.lengths), -(-int(self.lengths.sum()) // self.batch_tokens))
 
-    def _order(self) -> NDArray[np.int64]:
+    def position(self, step: int) -> dict[str, int | str]:
+        """Return where a run stands after so many steps: what its next step is, and of which order."""
+        epoch, within = divmod(step, len(self))
+        order = hashlib.sha256(self._order(epoch).astype("<i8").tobytes()).hexdigest()
+        return {"epoch": epoch, "step": within, "order_sha256": order}
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
         import torch
 
         if self.seed is None:
             return np.arange(len(self.lengths))
         # Seeds of neighbouring runs and epochs must not meet: seed 1, epoch 1 is not seed 2, epoch 0.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(len(self.lengths), generator=generator).numpy()
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
+        order = self._order(self.epoch)
         if self.batch_tokens is None:
             for start in range(0, len(order), self.batch_size):
                 yield order[start : start + self.batch_size].tolist()

@@ -45,6 +45,7 @@ class PreparedData:
         heldout_examples: The held-out examples as text, in the order of `heldout`.
         report: What became of the rows.
         refused: File with a line of JSON for each row that could not be used, if there are any.
+        judged: Held-out pairs or judged answers, of methods that learn from them.
     """
 
     train: TokenRows
@@ -52,6 +53,7 @@ class PreparedData:
     heldout_examples: Sequence[Example]
     report: DataReport
     refused: Path | None = None
+    judged: TokenRows | None = None
 
 
 def prepare(
@@ -139,7 +141,13 @@ def _write(
         found[split] = {"reading": asdict(reading), "texts": texts}
     if data.heldout is None and data.heldout_fraction:
         again = read_examples(sources["train"], data, Reading(), data.max_rows)
-        chosen = _chosen_for_heldout(TokenStore(folder / "train"), data.heldout_fraction)
+        store = TokenStore(folder / "train")
+        chosen = _chosen_for_heldout(store, data.heldout_fraction)
+        if len(chosen) and len(chosen) == len(np.unique(store.records["example"])):
+            raise InputError(
+                "data.heldout_fraction sets whole examples aside, and all of the data is one",
+                fix="for a text file set data.text_rows: paragraph (or line), or name data.heldout",
+            )
         chosen.tofile(folder / "heldout.ordinals")
         wanted = set(chosen.tolist())
         kept = (example for number, example in enumerate(again) if number in wanted)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import itertools
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +55,8 @@ def read_file(
     Args:
         path: The file.
         name: What its rows call it; its name when None.
-        text_rows: `file` makes a text file one row, `line` makes each of its lines one.
+        text_rows: `file` makes a text file one row, `line` makes each of its lines one,
+            `paragraph` each piece between blank lines.
 
     Yields:
         Rows in order, and a Fault in the place of each row that cannot be read.
@@ -105,6 +107,9 @@ def _read_text(path: Path, name: str, suffix: str, text_rows: str) -> Iterator[R
             text = "".join(pieces).replace("\r\n", "\n")
             if text.strip():
                 yield Row({"text": text}, name, 1, 1)
+        elif text_rows == "paragraph":
+            for number, (line, content) in enumerate(_paragraphs(_lines(pieces)), 1):
+                yield Row({"text": content}, name, number, line)
         else:
             filled = (line for line in _lines(pieces) if line[1].strip())
             for number, (line, content) in enumerate(filled, 1):
@@ -178,6 +183,14 @@ def _lines(pieces: Iterator[str]) -> Iterator[tuple[int, str]]:
             begun.append(rest)
     if begun:
         yield number + 1, "".join(begun).removesuffix("\r")
+
+
+def _paragraphs(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Yield the pieces between blank lines, each with the number of its first line."""
+    for blank, group in itertools.groupby(lines, key=lambda line: not line[1].strip()):
+        if not blank:
+            found = list(group)
+            yield found[0][0], "\n".join(content for _, content in found)
 
 
 def _read_csv(

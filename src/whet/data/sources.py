@@ -106,7 +106,7 @@ def read_source(
 
     Args:
         source: The source.
-        text_rows: `file` makes a text file one row, `line` makes each of its lines one.
+        text_rows: As in `read_file`.
         streaming: Read a Hub dataset row by row instead of downloading it first.
 
     Yields:

@@ -17,13 +17,8 @@ from torch.autograd.function import once_differentiable
 from whet.engine.attention_half import AttentionCall, HalfCall, Norm, attention_half
 from whet.engine.memory import Policy
 from whet.engine.mlp_half import MlpCall, mlp_half
-from whet.engine.projection import (
-    Projection,
-    Unsupported,
-    check_own_forward,
-    has_hooks,
-    read_projection,
-)
+from whet.engine.outside import check_part
+from whet.engine.projection import Projection, Unsupported, has_hooks, read_projection
 from whet.engine.spec import AttentionSpec, HalfSpec, LayerSpec, MlpSpec, NormSpec
 from whet.engine.unpad import Packed
 from whet.engine.varlen import Mask, attend_plainly, varlen_backward, varlen_forward
@@ -133,7 +128,7 @@ def _count(record: LayerRecord, part: str, reason: Unsupported) -> None:
 
 def _check_state(layer: nn.Module, half: HalfSpec) -> None:
     for path in (half.norm.path, half.body, *([half.post_norm.path] if half.post_norm else [])):
-        check_own_forward(layer.get_submodule(path))
+        check_part(layer.get_submodule(path))
     if layer.training and half.dropout:
         raise Unsupported(f"dropout {half.dropout} while training")
 
@@ -152,7 +147,8 @@ def _own_half(layer: nn.Module, half: HalfSpec, x_TD: torch.Tensor, body: Any) -
 
 def _own_norm(layer: nn.Module, spec: NormSpec, x_TD: torch.Tensor) -> torch.Tensor:
     module = layer.get_submodule(spec.path)
-    return module(x_TD) if has_hooks(module) else norm(module, spec, x_TD)
+    own = has_hooks(module) or "forward" in vars(module)
+    return module(x_TD) if own else norm(module, spec, x_TD)
 
 
 def attention_call(
@@ -386,7 +382,8 @@ def attention_interface(
     if key.shape[-1] == value.shape[-1] and not dropout:
         return VarlenFunction.apply(q, k, v, whet_packed, mask)[None], None  # type: ignore[index]
     outputs = []
-    for part in zip(*(x.split(whet_packed.lengths) for x in (q, k, v)), strict=True):
+    wholes = (whet_packed.expand(x).split(whet_packed.lengths) for x in (q, k, v))
+    for part in zip(*wholes, strict=True):
         heads_first = [x.transpose(0, 1)[None] for x in part]
         if sliding_window is None and softcap is None:
             out = nn.functional.scaled_dot_product_attention(
@@ -395,4 +392,4 @@ def attention_interface(
         else:
             out = attend_plainly(heads_first, mask, dropout)
         outputs.append(out[0].transpose(0, 1))
-    return torch.cat(outputs)[None], None
+    return whet_packed.contract(torch.cat(outputs))[None], None

@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +19,11 @@ from torch import nn
 from torch.nn import functional
 
 from whet.engine import trl
+from whet.engine.finite import check_finite
 from whet.engine.head import Head, head_loss, read_head
 from whet.engine.held import HeldWeight
 from whet.engine.layer import LayerRecord, norm, packed_layer
+from whet.engine.outside import embed_for_hooks, notice_others
 from whet.engine.passes import PackedPass
 from whet.engine.projection import Unsupported
 from whet.engine.spec import NormSpec
@@ -39,7 +40,9 @@ PACKABLE = (
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
 )  # fmt: skip
 # Arguments of the top that the decoder does not take.
-HEAD_ARGUMENTS = ("labels", "shift_labels", "logits_to_keep", "num_items_in_batch")
+HEAD_ARGUMENTS = (
+    "labels", "shift_labels", "logits_to_keep", "num_items_in_batch", "whet_log_probs",
+)  # fmt: skip
 
 
 @dataclass
@@ -53,6 +56,7 @@ class EngineState:
         owns_attention: Whether every attention is the engine's (else they run through the interface).
         debug: Look for the first non-finite value.
         unlabelled_batches: Batches in which nothing was labelled.
+        top: A weak reference to the causal language model.
         paused: The original forwards run.
     """
 
@@ -61,6 +65,7 @@ class EngineState:
     owns_attention: bool = True
     debug: bool = False
     unlabelled_batches: int = 0
+    top: Callable[[], Any] = lambda: None
     paused: bool = False
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -114,6 +119,8 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     packed = pack(self, state, kwargs) if given is None else given
     if not packed:
         return call_original(self, **kwargs)
+    notice_others(self, state)
+    kwargs = embed_for_hooks(self, kwargs)
     for name in ("input_ids", "inputs_embeds"):
         if kwargs.get(name) is not None:
             kwargs[name] = packed.pack(kwargs[name])[None]
@@ -190,7 +197,12 @@ def pack(decoder: nn.Module, state: EngineState, kwargs: dict[str, Any]) -> Pack
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    strange = [k for k, v in kwargs.items() if isinstance(v, torch.Tensor) and k not in PACKABLE]
+    known = PACKABLE + HEAD_ARGUMENTS  # those that the top hands down are for the loss
+    if mask is None and tokens is not None and len(tokens) == 1:
+        known += (
+            "seq_idx",
+        )  # trl's numbers of documents; the tokens of one row stay where they are
+    strange = [k for k, v in kwargs.items() if isinstance(v, torch.Tensor) and k not in known]
     if strange or tokens is None or getattr(mask, "ndim", 2) != 2:
         return None
     if getattr(positions, "ndim", 2) != 2:
@@ -334,8 +346,9 @@ def _answer(
     """Return the loss as transformers' ForCausalLMLoss gives it; logits are made when asked for."""
     from whet.engine.output import LossOutput
 
-    head = state.head
-    assert isinstance(head, Head)
+    assert isinstance(head := state.head, Head)
+    if kwargs.get("whet_log_probs"):
+        return trl.label_log_probs(head, batch)
     total = head_loss(batch.hidden_ND, batch.weight_VD, batch.bias_V, batch.target_N, head)
     count = kwargs.get("num_items_in_batch")
     if count is None:
@@ -372,27 +385,3 @@ def shaped_logits(model: nn.Module, head: Head, hidden: torch.Tensor) -> torch.T
 def decoder_of(model: nn.Module) -> nn.Module:
     """Return the decoder of a causal language model: what makes the hidden states."""
     return model.base_model  # type: ignore[return-value]
-
-
-def check_finite(where: str, value: torch.Tensor) -> None:
-    """Raise where the first value that is no number appears, forward or backward (`engine.debug`).
-
-    Args:
-        where: What made the value.
-        value: Any tensor; its gradient is checked when it comes.
-
-    Raises:
-        WhetError: It is not finite.
-    """
-    if not torch.isfinite(value).all():
-        raise WhetError(
-            f"{where} gave a value that is not finite, from finite input",
-            fix="look at this batch and at the learning rate; float16 overflows past 65,504",
-        )
-    if value.requires_grad:
-        value.register_hook(partial(_check_gradient, where))
-
-
-def _check_gradient(where: str, gradient: torch.Tensor) -> None:
-    if not torch.isfinite(gradient).all():
-        raise WhetError(f"the gradient of what {where} gave is not finite")

@@ -124,7 +124,12 @@ def observe(base: Any, blocks: list[nn.Module]) -> Seen | None:
         for number, block in enumerate(blocks)
     ]
     head = base.get_output_embeddings()
-    handles.append(head.register_forward_pre_hook(lambda _, args: hidden.append(args[0])))
+    if head is None:  # a model that scores whole texts: its layers can be fused all the same
+        handles.append(base.base_model.register_forward_hook(
+            lambda _, args, output: hidden.append(output.last_hidden_state)
+        ))  # fmt: skip
+    else:
+        handles.append(head.register_forward_pre_hook(lambda _, args: hidden.append(args[0])))
     modes = [(module, module.training) for module in base.modules()]
     base.eval()
     try:

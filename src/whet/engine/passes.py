@@ -36,6 +36,9 @@ class PackedPass:
         num_rows: N. The rows beyond the labelled ones are row 0 with the target -100.
         num_labels: Labelled tokens.
         longest: Tokens of the longest document, or a bound of it.
+        places: Of documents that share their first tokens: `expand_E` and `own_T` of Packed, int64, one
+            behind the other. None: nothing is shared.
+        num_shared: Tokens by which the documents are longer than T for it.
     """
 
     flat: torch.Tensor
@@ -43,11 +46,13 @@ class PackedPass:
     num_rows: int
     num_labels: int
     longest: int
+    places: torch.Tensor | None = None
+    num_shared: int = 0
 
     @property
     def num_tokens(self) -> int:
         """T."""
-        return sum(self.lengths)
+        return sum(self.lengths) - self.num_shared
 
     @property
     def key(self) -> tuple[int, int, int, int]:
@@ -65,7 +70,11 @@ class PackedPass:
         parts = self._parts()
         starts = parts[4].view(torch.int32)[: len(self.lengths) + 1]
         shape = (1, self.num_tokens)
-        return Packed(self.lengths, starts, parts[1], None, shape, longest_bound=self.longest)
+        made = Packed(self.lengths, starts, parts[1], None, shape, longest_bound=self.longest)
+        if self.places is None:
+            return made
+        expand_E, own_T = self.places.split((sum(self.lengths), self.num_tokens))
+        return replace(made, expand_E=expand_E, own_T=own_T)
 
     @property
     def rows_N(self) -> torch.Tensor:  # noqa: N802 - a shape suffix
@@ -82,10 +91,15 @@ class PackedPass:
         return self.flat.split((num, num, rows, rows, len(self.flat) - 2 * (num + rows)))
 
     def to(self, device: torch.device) -> PackedPass:
-        """Move it to a device, in one copy that nobody waits for."""
-        if device.type != "cuda":
-            return replace(self, flat=self.flat.to(device))
-        return replace(self, flat=self.flat.pin_memory().to(device, non_blocking=True))
+        """Move it to a device, in copies that nobody waits for."""
+
+        def moved(values: torch.Tensor) -> torch.Tensor:
+            if device.type != "cuda":
+                return values.to(device)
+            return values.pin_memory().to(device, non_blocking=True)
+
+        places = None if self.places is None else moved(self.places)
+        return replace(self, flat=moved(self.flat), places=places)
 
     def rounded(self) -> PackedPass:
         """Round up all that shapes depend on but T; for a pass on the host.
@@ -93,6 +107,7 @@ class PackedPass:
         The number of documents and the longest become powers of two, labelled rows a multiple of T / 8.
         Flash attention's kernels leave at once where a document is empty or a bound too high.
         """
+        assert self.places is None, "documents that share tokens have no repeating shapes"
         num, (ids, positions, rows, target, _) = self.num_tokens, self._parts()
         step = ceil_div(num, ROW_STEPS)
         more = min(num, step * max(1, ceil_div(self.num_rows, step))) - self.num_rows
@@ -107,6 +122,7 @@ class PackedPass:
 
     def as_batch(self) -> dict[str, torch.Tensor]:
         """Return it in transformers' form: `input_ids`, `position_ids` and `labels`, (1, T)."""
+        assert self.places is None, "transformers' models cannot share tokens between documents"
         labels_T = torch.full_like(self._parts()[0], IGNORED)
         rows, target = (x[: self.num_labels] for x in (self.rows_N, self.target_N))
         return {
@@ -140,6 +156,58 @@ def pack_pass(
     ])  # fmt: skip
     num = len(rows_N)
     return PackedPass(flat, tuple(lengths), num, num, max(lengths))
+
+
+def pack_shared(
+    groups: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],
+    pad_token_id: int = 0,
+    num_padding: int = 0,
+) -> PackedPass:
+    """Describe a pass over groups of documents that begin alike: two answers to one prompt.
+
+    What all documents of a group begin with is there once, and each of them attends to it. Labelled rows
+    come document by document, also where two of them are one row.
+
+    Args:
+        groups: The documents of each group, as in `pack_pass`.
+        pad_token_id: What padding is written as.
+        num_padding: Tokens of padding.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    expand, own, rows, targets, lengths = [], [], [], [], []
+    padding = [[([pad_token_id] * num_padding, [IGNORED] * num_padding)]] if num_padding else []
+    for documents in [*groups, *padding]:
+        begin, shared = len(ids), num_common([tokens for tokens, _ in documents])
+        for number, (tokens, labels) in enumerate(documents):
+            skip = shared if number else 0
+            new = range(len(ids), len(ids) + len(tokens) - skip)
+            own += range(len(expand) + skip, len(expand) + len(tokens))
+            places = [*range(begin, begin + skip), *new]
+            expand += places
+            ids += tokens[skip:]
+            positions += range(skip, len(tokens))
+            lengths.append(len(tokens))
+            learned = [i for i in range(1, len(tokens)) if labels[i] != IGNORED]
+            rows += [places[i - 1] for i in learned]
+            targets += [labels[i] for i in learned]
+    flat = [torch.tensor(values, dtype=torch.int64) for values in (ids, positions, rows, targets)]
+    num = len(rows)
+    num_shared = sum(lengths) - len(ids)
+    places = torch.tensor(expand + own, dtype=torch.int64) if num_shared else None
+    return PackedPass(
+        torch.cat([*flat, _starts(lengths)]), tuple(lengths), num, num, max(lengths), places, num_shared
+    )  # fmt: skip
+
+
+def num_common(documents: Sequence[Sequence[int]]) -> int:
+    """Count the tokens that all documents begin with."""
+    num = 0
+    for tokens in zip(*documents, strict=False):
+        if any(token != tokens[0] for token in tokens):
+            break
+        num += 1
+    return num
 
 
 def _starts(lengths: Sequence[int]) -> torch.Tensor:

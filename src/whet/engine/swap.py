@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from whet.engine.head import Head, read_head
 from whet.engine.layer import LayerRecord, attention_interface
 from whet.engine.memory import Policy
 from whet.engine.model import EngineState, NormRecord
+from whet.engine.outside import stand_aside
 from whet.engine.projection import Unsupported, keep_4bit_weights
 from whet.engine.report import PartReport, SwapReport
 from whet.engine.spec import LayerSpec, read_layer, read_norm
@@ -92,7 +94,7 @@ def attach(
     for number, block in enumerate(blocks):
         layers[number] = _read(block) if seen else unseen
     head = _read_head(base, seen, settings) if seen else unseen
-    state = EngineState(head, debug=settings.debug)
+    state = EngineState(head, debug=settings.debug, top=weakref.ref(base))
     with contextlib.ExitStack() as undo:
         undo.callback(detach, base)
         for number, block in enumerate(blocks):
@@ -189,13 +191,11 @@ def paused(model: Any) -> Iterator[None]:
     """Let the original forwards run inside the body."""
     state = vars(base_of(model)).get("_whet")
     before = getattr(state, "paused", False)
-    if state is not None:
-        state.paused = True
+    set_paused(model, True)
     try:
         yield
     finally:
-        if state is not None:
-            state.paused = before
+        set_paused(model, before)
 
 
 def met(model: Any) -> dict[str, Any]:
@@ -214,6 +214,13 @@ def met(model: Any) -> dict[str, Any]:
         "fallbacks": sorted(fallbacks),
         "notes": state.notes,
     }
+
+
+def set_paused(model: Any, on: bool) -> None:
+    """Let the original forwards run from now on (`on`), or the engine again."""
+    state = vars(base_of(model)).get("_whet")
+    if state is not None:
+        state.paused = on
 
 
 def stay_on_top(model: Any) -> None:
@@ -292,7 +299,7 @@ def _take(module: nn.Module) -> None:
 
 def _read(block: nn.Module) -> LayerSpec | str:
     try:
-        return read_layer(block)
+        return stand_aside(block, read_layer(block))
     except Unsupported as reason:
         return str(reason)
 

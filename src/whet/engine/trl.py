@@ -1,4 +1,4 @@
-"""Answers for trl's trainers, which ask the model for log-probabilities instead of logits.
+"""Answers in log-probabilities instead of logits, for trl's trainers and whet's own losses over pairs.
 
 trl 1.16 puts `add_fused_lm_head` on every model and calls `model(..., labels=..., fused_lm_head=True)`.
 Its own head scores every position, padding included, in tiles of the vocabulary (on two CPU cores 1.08 s
@@ -82,3 +82,19 @@ def answer(model: nn.Module, head: Head, batch: Any, kwargs: dict[str, Any]) -> 
     if not len(batch.target_N):
         loss = loss + batch.hidden_TD[:0].sum()
     return FusedCausalLMOutput(loss=loss, label_mask=mask, **fields)
+
+
+def label_log_probs(head: Head, batch: Any) -> dict[str, torch.Tensor]:
+    """Return the log-probability of each label, in the order of the labelled rows.
+
+    Args:
+        head: How logits are made.
+        batch: The `LabelledBatch` of the call.
+
+    Returns:
+        `log_probs`, float32 (N), tied to every parameter also where N is 0.
+    """
+    found = token_log_probs(
+        batch.hidden_ND, batch.weight_VD, batch.bias_V, batch.target_N, head
+    )["log_probs"]  # fmt: skip
+    return {"log_probs": found if len(found) else found + batch.hidden_TD[:0].sum()}

@@ -17,13 +17,16 @@ class Packed:
     """Documents side by side in one sequence of T tokens.
 
     Args:
-        lengths: Tokens of each document; they sum to T.
+        lengths: Tokens of each document; they sum to T, or to E.
         cu_seqlens: int32 (documents + 1) on the device, the place where each begins, and T.
         positions_T: int64 position ids.
         index_T: Place of each token in the flat (B * L) batch it came from; None: all are there.
         batch_shape: (B, L) of that batch.
         longest_bound: What kernels are told of the longest document where it is more, so that
             their shapes repeat.
+        expand_E: Of documents that share their first tokens, which are there once: the place of each
+            document's token, document by document (`lengths` sums to E). None: nothing is shared.
+        own_T: The first place in E of each of the T tokens.
     """
 
     lengths: tuple[int, ...]
@@ -32,16 +35,26 @@ class Packed:
     index_T: torch.Tensor | None
     batch_shape: tuple[int, int]
     longest_bound: int = 0
+    expand_E: torch.Tensor | None = None
+    own_T: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         """T."""
-        return sum(self.lengths)
+        return self.positions_T.shape[0]
 
     @property
     def longest(self) -> int:
         """Tokens of the longest document, or a bound of it."""
         return max(self.longest_bound, *self.lengths, 0)
+
+    def expand(self, values_T: torch.Tensor) -> torch.Tensor:
+        """Lay whole documents side by side: (E, ...). Shared tokens are there for each of them."""
+        return values_T if self.expand_E is None else values_T.index_select(0, self.expand_E)
+
+    def contract(self, values_E: torch.Tensor) -> torch.Tensor:
+        """Take each token once out of whole documents: (T, ...)."""
+        return values_E if self.own_T is None else values_E.index_select(0, self.own_T)
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
         """Take the real tokens of a (B, L, ...) tensor: (T, ...)."""

@@ -11,7 +11,7 @@ Shapes: T tokens, H query heads, G key/value heads (H a multiple of G), K head w
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,8 +52,15 @@ def varlen_forward(
         mask: Scale, window and soft cap.
 
     Returns:
-        (out_THK contiguous, lse_HT float32): the output, and the scores' log-sum-exp for the backward.
+        (out_THK contiguous, lse_HT float32): the output, and the scores' log-sum-exp for the backward;
+        lse_HE where documents share tokens.
     """
+    if packed.expand_E is not None:
+        # Shared tokens attend once for each document, which is little beside the rest of a layer.
+        whole = replace(packed, expand_E=None, own_T=None)
+        qkv = [packed.expand(x) for x in (q_THK, k_TGK, v_TGK)]
+        out_EHK, lse_HE = varlen_forward(qkv[0], qkv[1], qkv[2], whole, mask)
+        return packed.contract(out_EHK), lse_HE
     mask = _without_idle_window(mask, packed)
     if q_THK.device.type == "cuda":
         return _cuda(mask, q_THK).forward(q_THK, k_TGK, v_TGK, packed, mask)
@@ -98,6 +105,11 @@ def varlen_backward(
         dk_TGK: Where to write.
         dv_TGK: Where to write.
     """
+    if packed.expand_E is not None:
+        _shared_backward(
+            do_THK, [q_THK, k_TGK, v_TGK], out_THK, lse_HT, packed, mask, [dq_THK, dk_TGK, dv_TGK]
+        )
+        return
     mask = _without_idle_window(mask, packed)
     if q_THK.device.type == "cuda":
         grads = _cuda(mask, q_THK).backward(
@@ -114,6 +126,26 @@ def varlen_backward(
             do_THK[part], q_THK[part], k_TGK[part], v_TGK[part], out_THK[part], lse_HT[:, part],
             mask.scale, mask.window, mask.softcap, dq_THK[part], dk_TGK[part], dv_TGK[part],
         )  # fmt: skip
+
+
+def _shared_backward(
+    do_THK: torch.Tensor,
+    qkv: list[torch.Tensor],
+    out_THK: torch.Tensor,
+    lse_HE: torch.Tensor,
+    packed: Packed,
+    mask: Mask,
+    targets: list[torch.Tensor],
+) -> None:
+    """Write the gradients where documents share tokens; a token's output is that of its first place."""
+    assert packed.expand_E is not None and packed.own_T is not None
+    whole = replace(packed, expand_E=None, own_T=None)
+    q, k, v, out_EHK = (packed.expand(x) for x in (*qkv, out_THK))
+    do_EHK = torch.zeros_like(out_EHK).index_copy_(0, packed.own_T, do_THK)
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    varlen_backward(do_EHK, q, k, v, out_EHK, lse_HE, whole, mask, grads[0], grads[1], grads[2])
+    for target, grad in zip(targets, grads, strict=True):
+        target.zero_().index_add_(0, packed.expand_E, grad)
 
 
 def _without_idle_window(mask: Mask, packed: Packed) -> Mask:

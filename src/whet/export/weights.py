@@ -67,16 +67,39 @@ def export_merged(run: RunFolder, folder: Path, dtype_name: str | None = None) -
         model: Any = load_adapted(plain, torch.float32, run).merge_and_unload(safe_merge=True)
     else:
         model = load_model(plain, torch.float32, run.model_dir)
+    tokenizer = load_tokenizer(config.model, run.weights_dir)
+    with whole_folder(folder) as temporary:
+        write_model(model, tokenizer, temporary, dtype)
+        write_text(temporary / "README.md", model_card(run, "merged"))
+    return dtype
+
+
+def write_model(
+    model: CausalLM,
+    tokenizer: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_size: str | int = "5GB",
+) -> None:
+    """Write a plain model with its tokenizer.
+
+    Args:
+        model: The model, without an adapter; it is cast in place.
+        tokenizer: Its tokenizer, or None to write the weights alone.
+        folder: Where to; it exists.
+        dtype: The type that is written.
+        max_shard_size: Largest file.
+
+    Raises:
+        WhetError: The disk is full.
+    """
     model = model.to(dtype)
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     require_free(folder, num_bytes, "the merged model")
-    tokenizer = load_tokenizer(config.model, run.weights_dir)
-    _set_turn_end(model, tokenizer)
-    with whole_folder(folder) as temporary:
-        model.save_pretrained(str(temporary), max_shard_size="5GB")
-        tokenizer.save_pretrained(str(temporary))
-        write_text(temporary / "README.md", model_card(run, "merged"))
-    return dtype
+    if tokenizer is not None:
+        _set_turn_end(model, tokenizer)
+        tokenizer.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), max_shard_size=max_shard_size)
 
 
 def _set_turn_end(model: CausalLM, tokenizer: Any) -> None:

@@ -14,6 +14,7 @@ import importlib.util
 import io
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from whet.config import Config, ModelSection
 from whet.errors import InputError, did_you_mean
 from whet.model import CausalLM, Tokenizer
+from whet.model.scratch import random_model, require_room
 from whet.runs import require_free, whole_folder
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ def resolve(name: str) -> str:
             return packaged.hub_id
         name = str(Path(folders[0]) / packaged.file)
     path = Path(name).expanduser()
+    if path.name == "config.json" and path.is_file():
+        return str(path.parent)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise InputError(f"model file '{name}' does not exist", fix="check model.name")
@@ -120,7 +124,7 @@ def unpack_gguf(path: Path) -> Path:
         raise InputError(
             f"'{path}' is not a GGUF model that transformers reads: {_first_line(error)}"
         ) from error
-    _forget_quantization(model)
+    forget_quantization(model)
     model.config._name_or_path = path.stem
     with whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
@@ -128,10 +132,15 @@ def unpack_gguf(path: Path) -> Path:
     return folder
 
 
-def _forget_quantization(model: CausalLM) -> None:
-    """Let a model whose GGUF blocks were all unpacked be saved; transformers refuses it otherwise."""
-    del model.config.quantization_config
-    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+def forget_quantization(model: CausalLM) -> None:
+    """Let a model whose weights were all unpacked be saved; transformers refuses it otherwise.
+
+    Args:
+        model: A model in 16 or 32 bit that was loaded from GGUF blocks or from NF4.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conversions"):
         if name in vars(model):
             delattr(model, name)
 
@@ -183,12 +192,17 @@ def choose_dtype(name: str | None, full: bool) -> tuple[torch.dtype, str]:
     return torch.float32, "because this CPU has no bfloat16 instructions"
 
 
-def load_tokenizer(model: ModelSection, folder: str | Path | None = None) -> Tokenizer:
+def load_tokenizer(
+    model: ModelSection,
+    folder: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Tokenizer:
     """Load a tokenizer that can pad and tell where its tokens are.
 
     Args:
         model: The config's model section.
         folder: A folder with the tokenizer, when it is not the model's (a run's adapter).
+        options: More arguments of transformers' `from_pretrained`, such as a token.
 
     Raises:
         InputError: There is none, or it is of the slow kind that cannot give offsets.
@@ -198,7 +212,10 @@ def load_tokenizer(model: ModelSection, folder: str | Path | None = None) -> Tok
     source = str(folder or resolve(model.name))
     with _loading("tokenizer", model.name if folder is None else source):
         tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=model.revision, trust_remote_code=model.trust_remote_code
+            source,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            **(options or {}),
         )
     if not tokenizer.is_fast:
         raise InputError(
@@ -207,11 +224,17 @@ def load_tokenizer(model: ModelSection, folder: str | Path | None = None) -> Tok
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if model.init == "random" and folder is None:
+        require_room(load_model_config(model), tokenizer, model.name)
     return tokenizer
 
 
 def load_model(
-    model: ModelSection, dtype: torch.dtype, folder: str | Path | None = None
+    model: ModelSection,
+    dtype: torch.dtype,
+    folder: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> CausalLM:
     """Load a causal language model onto the device.
 
@@ -219,6 +242,8 @@ def load_model(
         model: The config's model section; `load_in_4bit` gives NF4 with double quantisation.
         dtype: Type of the weights, or of the products with 4-bit weights.
         folder: A folder with the weights, when they are not the model's (a full fine-tune).
+        options: More arguments of transformers' `from_pretrained`, such as a token or a config.
+        seed: Of the weights, where `init` is random and no folder is named.
 
     Raises:
         InputError: There is no such model.
@@ -228,9 +253,17 @@ def load_model(
     from whet.engine.projection import keep_4bit_weights
 
     source = str(folder or resolve(model.name))
-    options: dict[str, Any] = {"device_map": {"": device()}} if device().type == "cuda" else {}
-    if model.load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
+    if model.init == "random" and folder is None:
+        settings = load_model_config(model)
+        with _loading("model", model.name):
+            made = random_model(settings, dtype, seed, model.trust_remote_code)
+        return made.to(device())
+    if folder is None:
+        require_weights(model)
+    more: dict[str, Any] = {"device_map": {"": device()}} if device().type == "cuda" else {}
+    more.update(options or {})
+    if model.load_in_4bit and not _is_published_quantised(more.get("config")):
+        more["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
@@ -242,10 +275,32 @@ def load_model(
             dtype=dtype,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
-            **options,
+            **more,
         )
     keep_4bit_weights(loaded)
     return loaded
+
+
+def require_weights(model: ModelSection) -> None:
+    """Refuse a folder that describes a model and does not hold it.
+
+    Raises:
+        InputError: There are no weights, and `init` does not make them.
+    """
+    source = resolve(model.name)
+    folder = Path(source)
+    if model.init == "random" or not folder.is_dir():
+        return
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise InputError(
+            f"folder '{source}' has a config.json and no weights",
+            fix="name a model with weights, or train from scratch with model.init: random",
+        )
+
+
+def _is_published_quantised(config: Any) -> bool:
+    """Tell whether a checkpoint itself is quantised; it brings its own settings then."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def engine_settings(config: Config) -> EngineSettings:
@@ -286,8 +341,12 @@ def attach_engine(model: CausalLM, config: Config) -> SwapReport | None:
     return attach(model, engine_settings(config))
 
 
-def load_model_config(model: ModelSection) -> Any:
+def load_model_config(model: ModelSection, options: Mapping[str, Any] | None = None) -> Any:
     """Load a model's transformers config, without its weights.
+
+    Args:
+        model: The config's model section.
+        options: More arguments of transformers' `from_pretrained`, such as a token.
 
     Raises:
         InputError: There is no such model, or transformers does not know its family.
@@ -297,7 +356,10 @@ def load_model_config(model: ModelSection) -> Any:
     source = resolve(model.name)
     with _loading("model", model.name):
         return AutoConfig.from_pretrained(
-            source, revision=model.revision, trust_remote_code=model.trust_remote_code
+            source,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            **(options or {}),
         )
 
 

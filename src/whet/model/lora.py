@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from whet.config import Config, LoraSection, ModelSection
@@ -65,13 +66,19 @@ def _target_names(lora: LoraSection) -> list[str]:
     return [lora.targets] if isinstance(lora.targets, str) else lora.targets
 
 
-def add_adapter(model: CausalLM, lora: LoraSection, base: ModelSection) -> CausalLM:
+def add_adapter(
+    model: CausalLM,
+    lora: LoraSection,
+    base: ModelSection,
+    more: Mapping[str, Any] | None = None,
+) -> CausalLM:
     """Put a LoRA adapter on a model.
 
     Args:
         model: The base model.
         lora: The config's lora section.
         base: Where the base came from; LoftQ reads the weights again, unquantised.
+        more: More arguments of peft's LoraConfig, such as layers_to_transform.
 
     Raises:
         InputError: A target does not exist.
@@ -91,6 +98,7 @@ def add_adapter(model: CausalLM, lora: LoraSection, base: ModelSection) -> Causa
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
         "modules_to_save": lora.modules_to_save or None,
+        **(more or {}),
     }
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     if lora.init == "loftq":

@@ -1,5 +1,7 @@
 """The training loss: cross entropy summed over the labelled tokens, without logits for the others.
 
+Losses over pairs are made of the log-probability of each label, which is here too.
+
 With the engine in the model its head answers. Without, transformers' models take a boolean mask as
 `logits_to_keep`, and then multiply by the head only the hidden states of those positions.
 """
@@ -42,12 +44,43 @@ def summed_loss(
     if fuses_head(model):
         output = model(**batch, num_items_in_batch=1, use_cache=False, whet_loss_only=True)
         return output.loss, int(keep_BT.sum())
+    logits_NV = _labelled_logits(model, batch, keep_BT)
+    loss = functional.cross_entropy(logits_NV.float(), target_BT[keep_BT], reduction="sum")
+    return loss, int(keep_BT.sum())
+
+
+def label_log_probs(model: CausalLM, batch: dict[str, torch.Tensor] | PackedPass) -> torch.Tensor:
+    """Return the log-probability of every label, making logits for the labelled rows alone.
+
+    Args:
+        model: A causal language model, or a peft or parallel wrapper of one.
+        batch: As in `summed_loss`.
+
+    Returns:
+        Float32 (N): the labels of the first row or document, then those of the next, and so on.
+    """
+    from torch.nn import functional
+
+    from whet.engine.swap import fuses_head
+
+    if not isinstance(batch, dict) or fuses_head(model):
+        inputs: dict[str, Any] = batch if isinstance(batch, dict) else {"whet_pass": batch}
+        output: Any = model(**inputs, use_cache=False, whet_log_probs=True)
+        if "log_probs" in output:
+            return output["log_probs"]
+        batch = batch if isinstance(batch, dict) else batch.as_batch()
+    target_BT = functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    logits_NV = _labelled_logits(model, batch, target_BT != -100).float()
+    return -functional.cross_entropy(logits_NV, target_BT[target_BT != -100], reduction="none")
+
+
+def _labelled_logits(
+    model: CausalLM, batch: dict[str, torch.Tensor], keep_BT: torch.Tensor
+) -> torch.Tensor:
     options: dict[str, Any] = {"logits_to_keep": keep_BT} if _takes_row_mask(model) else {}
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     logits = model(**inputs, use_cache=False, **options).logits
-    logits_NV = logits if options else logits[keep_BT]
-    loss = functional.cross_entropy(logits_NV.float(), target_BT[keep_BT], reduction="sum")
-    return loss, int(keep_BT.sum())
+    return logits if options else logits[keep_BT]
 
 
 def _takes_row_mask(model: Any) -> bool:

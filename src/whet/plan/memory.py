@@ -114,10 +114,8 @@ def static_memory(
         else:
             weights += size
     trained = [p for p in model.parameters() if p.requires_grad]
-    fused_step = optimizer in (
-        "lomo",
-        "adalomo",
-    )  # it steps in the backward pass, gradient by gradient
+    # It steps in the backward pass, gradient by gradient.
+    fused_step = optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise")
     largest = max((4 * p.numel() for p in trained), default=0)
     return Static(
         weights=weights,
@@ -152,7 +150,9 @@ def state_bytes(optimizer: str, parameter: torch.Tensor) -> int:
         return 0
     if optimizer == "adafactor" and parameter.ndim == 2:
         return 4 * (parameter.shape[0] + parameter.shape[1])
-    moments = 1 if "lion" in optimizer or optimizer in ("adagrad", "rmsprop") else 2
+    single = optimizer in ("adagrad", "rmsprop", "schedule_free_sgd")
+    single |= "lion" in optimizer or (optimizer == "muon" and parameter.ndim == 2)
+    moments = 1 if single else 2
     moments += "ademamix" in optimizer or "grok" in optimizer
     if "8bit" in optimizer:
         # bitsandbytes keeps parameters below 4096 elements in 32 bits; a scale for 256 elements.

@@ -6,32 +6,17 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.training_args import OptimizerNames
 
 from whet.config import Config
-from whet.errors import InputError, did_you_mean
 from whet.runs import RunFolder
+from whet.train.optimizer_kinds import optimizer_arguments
+from whet.train.trackers import PROJECT
 
 
 def _checkpointing(on: bool) -> dict[str, Any]:
     """Turn gradient checkpointing on under the name that this transformers has for it."""
     new = "activation_checkpointing"
     return {new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing": on}
-
-
-def check_optimizer(name: str) -> None:
-    """Check an optimizer's name against transformers' list.
-
-    Raises:
-        InputError: It is not there.
-    """
-    known = [str(optimizer.value) for optimizer in OptimizerNames]
-    if name not in known:
-        guess = did_you_mean(name, known)
-        raise InputError(
-            f"train.optimizer '{name}' is not one that transformers knows",
-            fix=f"did you mean '{guess}'?" if guess else f"use one of {', '.join(known)}",
-        )
 
 
 def training_arguments(config: Config, run: RunFolder, checkpoints: bool) -> TrainingArguments:
@@ -48,7 +33,7 @@ def training_arguments(config: Config, run: RunFolder, checkpoints: bool) -> Tra
     on_cuda = device().type == "cuda"
     dtype, _ = choose_dtype(config.model.dtype, train.parameters != "lora")
     bf16 = dtype is torch.float32 and train.parameters != "lora" and config.model.dtype is None
-    arguments = TrainingArguments(
+    settings: dict[str, Any] = dict(
         output_dir=str(run.checkpoints_dir),
         per_device_train_batch_size=train.batch_size,  # the loader's batch is a whole step
         num_train_epochs=train.epochs,
@@ -60,7 +45,6 @@ def training_arguments(config: Config, run: RunFolder, checkpoints: bool) -> Tra
         warmup_steps=train.warmup_steps,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        optim=train.optimizer,
         **_checkpointing(checkpoints),
         seed=train.seed,
         # Float32 weights that are trained themselves are multiplied in bfloat16 where a GPU has it.
@@ -78,8 +62,11 @@ def training_arguments(config: Config, run: RunFolder, checkpoints: bool) -> Tra
         remove_unused_columns=False,
         label_names=["labels"],
         disable_tqdm=True,
-        report_to=[],
+        report_to=train.trackers,
+        run_name=run.path.name,
+        project=PROJECT,  # of trackio
     )
+    arguments = TrainingArguments(**{**settings, **optimizer_arguments(train)})
     # One process drives one GPU. Left alone, transformers puts DataParallel over all it sees.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments

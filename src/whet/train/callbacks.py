@@ -115,7 +115,8 @@ class Metrics(TrainerCallback):
         """Write one line."""
         logs = logs or {}
         if "eval_loss" in logs:
-            self.write({"step": state.global_step, "heldout_loss": logs["eval_loss"]})
+            found = {k.replace("eval_", "heldout_", 1): v for k, v in logs.items() if k != "epoch"}
+            self.write({"step": state.global_step, **found})
         if "loss" not in logs:
             return
         if not math.isfinite(logs["loss"]):
@@ -142,6 +143,12 @@ class Metrics(TrainerCallback):
                 "planned_bytes": progress.planned_bytes,
                 "seconds_in": progress.seconds_in,
                 "seconds": progress.seconds,
+                # What a method logs beside the loss, such as rewards/margins.
+                **{
+                    k: v
+                    for k, v in logs.items()
+                    if k not in ("loss", "learning_rate", "grad_norm", "epoch")
+                },
             }
         )
         if self.show:
@@ -175,11 +182,18 @@ class Metrics(TrainerCallback):
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        with (
-            writing(self.run.metrics_file),
-            open(self.run.metrics_file, "a", encoding="utf-8") as f,
-        ):
-            f.write(json.dumps(line) + "\n")
+        append_line(self.run, line)
+
+
+def append_line(run: RunFolder, line: dict[str, Any]) -> None:
+    """Append a line to a run's metrics.jsonl.
+
+    Args:
+        run: The run's folder.
+        line: What JSON can say.
+    """
+    with writing(run.metrics_file), open(run.metrics_file, "a", encoding="utf-8") as f:
+        f.write(json.dumps(line) + "\n")
 
 
 class StopAtSignal(TrainerCallback):
@@ -219,6 +233,57 @@ class StopAtSignal(TrainerCallback):
         finally:
             for name, handler in before.items():
                 signal.signal(name, handler)
+
+
+class HeldOutWatch(TrainerCallback):
+    """Knows the best held-out loss so far, has that checkpoint kept, and ends training in time.
+
+    Args:
+        patience: Measurements in a row without a better loss after which training ends; None: never.
+        keep: Write a checkpoint after each measurement that is the best so far.
+    """
+
+    def __init__(self, patience: int | None, keep: bool) -> None:
+        self.patience, self.keep = patience, keep
+        self.best_loss, self.best_step, self.num_worse = math.inf, 0, 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether patience has run out."""
+        return self.patience is not None and self.num_worse >= self.patience
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose checkpoint is kept beside the newest, or 0."""
+        return self.best_step if self.keep else 0
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **_: Any,
+    ) -> None:
+        """Compare a measurement with the best."""
+        loss = metrics["eval_loss"]
+        if loss < self.best_loss:  # a loss that is no number is never better
+            self.best_loss, self.best_step, self.num_worse = loss, state.global_step, 0
+            control.should_save = control.should_save or self.keep
+        else:
+            self.num_worse += 1
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Return what a checkpoint keeps."""
+        best = self.best_loss if self.best_step else None
+        return {"best_loss": best, "best_step": self.best_step, "num_worse": self.num_worse}
+
+    def load(self, kept: dict[str, Any]) -> None:
+        """Go on from what a checkpoint kept."""
+        self.best_step, self.num_worse = kept["best_step"], kept["num_worse"]
+        self.best_loss = math.inf if kept["best_loss"] is None else kept["best_loss"]
 
 
 def peak_memory_bytes() -> int:

@@ -19,6 +19,7 @@ from whet.plan.target import target_of
 from whet.runs import RunFolder
 from whet.train.callbacks import Metrics
 from whet.train.listen import Listener
+from whet.train.optimizer_kinds import kind_of
 from whet.train.trainer import WhetTrainer
 
 
@@ -58,7 +59,7 @@ def probe_run(
 ) -> None:
     """Run the longest pass once, correct the plan, and write both down."""
     report = {"plan": plan.to_dict()}
-    steps_in_backward = config.train.optimizer in ("lomo", "adalomo")
+    steps_in_backward = kind_of(config.train.optimizer).in_backward
     wish = config.plan.probe
     if not steps_in_backward and (wish == "on" or (wish == "auto" and may_matter(plan))):
         listener.stage("trying the longest pass")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from whet.config import PREFERENCES
 from whet.runs import RunFolder, writing
 
 
@@ -28,7 +29,10 @@ def plot_loss(run: RunFolder) -> None:
         steps, _running_mean(losses), color="#1f5fa8", linewidth=2, label="training, smoothed"
     )
     heldout = [(row["step"], row["heldout_loss"]) for row in run.metrics() if "heldout_loss" in row]
-    evaluation = run.report.get("evaluation", {})
+    report = run.report
+    # A loss over pairs is no loss over tokens, which is what the evaluation measures.
+    compares = report.get("config", {}).get("method") in PREFERENCES
+    evaluation = {} if compares else report.get("evaluation", {})
     if "base" in evaluation:
         heldout.insert(0, (0, evaluation["base"]["loss"]))
     if "tuned" in evaluation:

@@ -13,10 +13,11 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from whet.config import Config
+from whet.config import PREFERENCES, WITH_TRL, Config
 from whet.data.gates import check_gates, require_method
+from whet.data.pairs import with_units
 from whet.data.prepare import PreparedData, prepare
 from whet.data.template import set_chat_template
 from whet.engine.embeddings import place_embeddings
@@ -33,16 +34,20 @@ from whet.model.load import (
     load_model,
     load_tokenizer,
     max_length,
+    require_weights,
 )
 from whet.model.lora import check_parameters, count_parameters, prepare_parameters
 from whet.plan.plan import Plan
-from whet.runs import RunFolder, require_free, resume_run, start_run, whole_folder, write_text
-from whet.train.arguments import check_optimizer
+from whet.runs import RunFolder, require_free, resume_run, start_run, write_text
 from whet.train.callbacks import Metrics, StopAtSignal, peak_memory_bytes
+from whet.train.checkpoints import keep_pissa_start, newest_whole, save_weights, settle
 from whet.train.listen import Listener, LogListener
+from whet.train.optimizer_kinds import check_optimizer
 from whet.train.planning import ease, plan_run, probe_run, tell_event
 from whet.train.plot import plot_loss
-from whet.train.trainer import StepSettings, WhetTrainer
+from whet.train.preference import trainer_of
+from whet.train.trackers import check_trackers, tracking
+from whet.train.trainer import StepSettings
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -77,18 +82,33 @@ def fit(
     started = time.perf_counter()
     listener.stage("reading the data")
     limit = max_length(config.model)
+    require_weights(config.model)
     check_parameters(config)
-    check_optimizer(config.train.optimizer)
+    check_trackers(config.train.trackers)
+    for line in check_optimizer(config):
+        listener.note(line)
     tokenizer = load_tokenizer(config.model)
     template = set_chat_template(tokenizer, config.model.chat_template)
     data = prepare(config.data, tokenizer, limit, template, _tell_rows(listener))
     _tell_data(data, listener)
     check_gates(data.report, config.data.allow)
     require_method(config.method, data.report)
+    if config.method in WITH_TRL:
+        from whet.train.with_trl import fit_with_trl
+
+        return fit_with_trl(config, data, tokenizer, resume, listener, callbacks)
+    if config.method in PREFERENCES:
+        data, left_out = with_units(data, config.preference.share_prompts)
+        if left_out:
+            listener.note(
+                f"{left_out} answers are left out: their pair has one that teaches nothing"
+            )
     plan = plan_run(config, data, limit, listener)
 
     if resume:
-        run, checkpoint = resume_run(config, data.report.sha256)
+        run, checkpoint = resume_run(
+            config, data.report.sha256, partial(newest_whole, tell=listener.note)
+        )
         listener.note(f"going on from {checkpoint}")
     else:
         (run, moved), checkpoint = start_run(config), None
@@ -146,8 +166,10 @@ def _tell_data(data: PreparedData, listener: Listener) -> None:
 def _load(config: Config, listener: Listener) -> CausalLM:
     dtype, reason = choose_dtype(config.model.dtype, config.train.parameters != "lora")
     kind = "NF4 weights, products in" if config.model.load_in_4bit else "weights in"
+    if config.model.init == "random":
+        kind = f"random weights (seed {config.train.seed}) in"
     listener.stage(f"loading {config.model.name}")
-    model = load_model(config.model, dtype)
+    model = load_model(config.model, dtype, seed=config.train.seed)
     name = str(dtype).removeprefix("torch.")
     listener.note(f"{config.model.name} on {device().type}, {kind} {name} {reason}")
     return model
@@ -197,7 +219,7 @@ def _train(
     _put_engine(run, config, tuned, data, listener)
     set_policies(tuned, plan.choice.policies)
     # Weights and two AdamW moments, each in float32 at most, in every checkpoint and one more aside.
-    num_bytes = 12 * trainable * (config.train.keep_checkpoints + 1)
+    num_bytes = 12 * trainable * (config.train.keep_checkpoints + 1 + config.eval.keep_best)
     require_free(run.path, num_bytes, "keeping the checkpoints")
     metrics, stop = Metrics(run, listener.progress, plan), StopAtSignal()
     packs = config.pack.enabled and takes_packed(tuned)
@@ -205,14 +227,14 @@ def _train(
     buckets = config.pack.buckets == "on" or (config.pack.buckets == "auto" and graphs is not None)
     with TemporaryDirectory() as start:
         if config.lora.init == "pissa" and config.train.parameters == "lora":
-            _keep_pissa_start(tuned, start)
-        trainer = WhetTrainer(
+            keep_pissa_start(tuned, start)
+        trainer = trainer_of(config.method)(
             tuned,
             tokenizer,
             config,
             run,
             data.train,
-            data.heldout,
+            data.judged or data.heldout,
             [metrics, stop, *callbacks],
             StepSettings(
                 replace(plan.packing, padded=not packs, buckets=buckets),
@@ -229,22 +251,26 @@ def _train(
         listener.stage("training")
         if checkpoint is not None:
             run.forget_metrics_after(int(checkpoint.name.removeprefix("step-")))
-        with stop.listening(listener.note):
+        tracks = tracking(run, config.train.trackers, trainer.callback_handler.callbacks)
+        with stop.listening(listener.note), tracks:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         done, steps = trainer.state.global_step, trainer.state.max_steps
-        if done < steps:
+        if done < steps and not trainer.watch.stopped:
             raise Interrupted(
                 f"stopped after step {done} of {steps}, with a checkpoint in {run.checkpoints_dir}",
                 fix="go on with the same command and --resume",
             )
-        _save_weights(run, config, tuned, tokenizer, start)
+        ended = settle(trainer, listener.note)
+        if data.judged:
+            run.update_report(preference=trainer.evaluate())
+        save_weights(run, config, tuned, tokenizer, start)
     while_training = peak_memory_bytes()
     run.update_report(
         peak_bytes=max(metrics.peak_before, while_training),
         training_peak_bytes=while_training,
         training={
             "steps": done, "tokens_seen": trainer.tokens_seen,
-            "parameters_trained": trainable, "parameters": total,
+            "parameters_trained": trainable, "parameters": total, **ended,
         }
     )  # fmt: skip
     if config.engine.enabled:
@@ -296,6 +322,8 @@ def _graphs(
     reason = "there is no CUDA device" if not on_cuda else reason_against(model)
     if not packs:
         reason = reason or "passes are padded rectangles"
+    if config.method in PREFERENCES:
+        reason = reason or "whole answers are compared, and their passes do not repeat"
     if reason:
         listener.note(f"no CUDA graphs: {reason}")
         return None
@@ -313,27 +341,6 @@ def _waits_for_launches(plan: Plan) -> bool:
     layers, speed = len(plan.choice.policies), plan.target.speed
     # Half of a step's operations are the forward pass where all weights are frozen, else a third.
     return flops / 2 / layers / (speed.flops * speed.efficiency) < LAUNCH_SECONDS
-
-
-def _keep_pissa_start(model: Any, folder: str) -> None:
-    """Save the adapter PiSSA starts from, which its conversion to plain LoRA subtracts again."""
-    settings = model.peft_config["default"]
-    settings.init_lora_weights = True
-    model.save_pretrained(folder)
-    settings.init_lora_weights = "pissa"
-
-
-def _save_weights(
-    run: RunFolder, config: Config, model: Any, tokenizer: Tokenizer, start: str
-) -> None:
-    lora = config.train.parameters == "lora"
-    options: dict[str, Any] = {}
-    if lora and config.lora.init == "pissa":
-        # PiSSA moves part of the base into the adapter: saved as it is, it would not fit the base.
-        options["path_initial_model_for_weight_conversion"] = start
-    with whole_folder(run.adapter_dir if lora else run.model_dir) as folder:
-        model.save_pretrained(str(folder), **options)
-        tokenizer.save_pretrained(str(folder))
 
 
 def _write_report_head(run: RunFolder, config: Config, data: PreparedData) -> None:

@@ -30,9 +30,13 @@ from whet.engine.passes import PackedPass
 from whet.engine.swap import fuses_head, report_of, takes_packed
 from whet.model import CausalLM, Tokenizer
 from whet.model.loss import summed_loss
-from whet.runs import RunFolder, whole_folder
+from whet.runs import RunFolder
 from whet.train.arguments import training_arguments
+from whet.train.callbacks import HeldOutWatch
+from whet.train.checkpoints import load_optimizer, restore_checkpoint, write_checkpoint
 from whet.train.meter import Meter
+from whet.train.optimizer_kinds import kind_of
+from whet.train.optimizers import make_optimizer, turn_optimizer
 from whet.train.survive import (
     RandomState,
     check_one_pass,
@@ -98,6 +102,10 @@ class WhetTrainer(Trainer):
         self.tokens_seen = 0
         self.times_eased = 0
         self.at = (0, "forward")  # the pass of the step that is being computed, and its phase
+        self.watch = HeldOutWatch(config.eval.patience, config.eval.keep_best)
+        seed = config.train.seed if config.train.shuffle else None
+        lengths, options = lengths_of(train), config.train
+        self.sampler = StepSampler(lengths, options.batch_size, seed, options.batch_tokens)
         super().__init__(
             model=model,
             args=training_arguments(
@@ -107,7 +115,7 @@ class WhetTrainer(Trainer):
             eval_dataset=heldout or None,  # type: ignore[arg-type]
             processing_class=tokenizer,
             data_collator=list,  # type: ignore[arg-type]
-            callbacks=callbacks,
+            callbacks=[*callbacks, self.watch],
         )
         self.meter = Meter(self.args.device)
         self.remove_callback(PrinterCallback)  # the front end shows the progress
@@ -118,16 +126,17 @@ class WhetTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return a loader whose batches are the rows of whole optimizer steps."""
         rows: Any = self.train_dataset
-        train = self.whet_config.train
-        lengths = lengths_of(rows)
-        seed = train.seed if train.shuffle else None
-        sampler = StepSampler(lengths, train.batch_size, seed, train.batch_tokens)
-        loader = DataLoader(rows, batch_sampler=sampler, collate_fn=list)
+        loader = DataLoader(rows, batch_sampler=self.sampler, collate_fn=list)
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimizer, which steps again when memory runs out before it changed anything."""
         fresh = self.optimizer is None
+        if fresh:
+            assert self.model is not None
+            names = self.get_decay_parameter_names(self.model)
+            train = self.whet_config.train
+            self.optimizer = make_optimizer(self.model, self.args, train, names)
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh:
             step_again_when_out_of_memory_(optimizer, self._tell_of_the_optimizer)
@@ -156,9 +165,7 @@ class WhetTrainer(Trainer):
         """
         del num_items_in_batch
         model.train()
-        turn = getattr(self.optimizer, "train", None)  # schedule-free optimizers
-        if callable(turn):
-            turn()
+        turn_optimizer(self.optimizer, "train")
         rows: list[Tokens] = list(inputs)
         num_items = self._count_items(rows)
         state = RandomState.take()
@@ -217,7 +224,7 @@ class WhetTrainer(Trainer):
 
     @property
     def _steps_in_backward(self) -> bool:
-        return self.args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
+        return kind_of(self.whet_config.train.optimizer).in_backward
 
     @property
     def _pad(self) -> int:
@@ -234,7 +241,8 @@ class WhetTrainer(Trainer):
         self, model: Any, passes: list[list[Tokens]], num_items: torch.Tensor
     ) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
-        graphed = self.settings.graphs is not None and self.settings.graphs.begin_step()
+        graphs = None if self._steps_in_backward else self.settings.graphs
+        graphed = graphs is not None and graphs.begin_step()
         for number, group in enumerate(passes):
             with self.meter.phase("data"):
                 batch = self._make_batch(group, rounded=graphed)
@@ -274,7 +282,7 @@ class WhetTrainer(Trainer):
             loss = self.compute_loss(model, batch, num_items_in_batch=num_items)
         self.at = (number, "backward")
         options: dict[str, Any] = {}
-        if self._steps_in_backward:
+        if self.args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
             options["learning_rate"] = self._get_learning_rate()
         with self.meter.phase("backward"):
             self.accelerator.backward(loss, **options)
@@ -356,36 +364,32 @@ class WhetTrainer(Trainer):
         self.log(metrics)
         return metrics
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure the held-out rows with the weights of use, and let the callbacks know."""
+        turn_optimizer(self.optimizer, "eval")
+        metrics = self.evaluate()
+        handler = self.callback_handler
+        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch, unless the run that is resumed had stopped for good."""
+        if self.watch.stopped:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write checkpoints/step-N whole, and drop the oldest beyond `keep_checkpoints`."""
-        import shutil
-
         del model, trial
-        step = self.state.global_step
-        with whole_folder(self.run_folder.checkpoints_dir / f"step-{step}") as folder:
-            self.save_model(str(folder), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
-            state = {
-                "tokens_seen": self.tokens_seen,
-                "tokens_per_pass": self.packing.tokens_per_pass,
-                "times_eased": self.times_eased,
-            }
-            torch.save(state, folder / "whet_state.pt")
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-        for old in self.run_folder.checkpoints()[: -self.whet_config.train.keep_checkpoints]:
-            shutil.rmtree(old)
+        write_checkpoint(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = torch.load(Path(resume_from_checkpoint) / "whet_state.pt", weights_only=True)
-        self.tokens_seen = state["tokens_seen"]
-        # The passes are those of the run so far: another cut would round otherwise.
-        self.packing = replace(self.packing, tokens_per_pass=state["tokens_per_pass"])
-        for _ in range(state["times_eased"]):
-            self.settings.ease()
-            self.times_eased += 1
+        restore_checkpoint(self, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        load_optimizer(self, checkpoint, super()._load_optimizer_and_scheduler)
 
 
 def _has_own_code(model: CausalLM) -> bool:
