@@ -58,8 +58,8 @@ class ModelSection(Section):
     """Hub id, local Hugging Face folder, `.gguf` file, or the short name `smollm2-135m`. With
     `init: random` a folder with a config.json and a tokenizer is enough."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """Weights to start from: the model's own, or random ones as its config.json describes them, drawn with
-    `train.seed` (training from scratch; needs `train.parameters: full`)."""
+    """Weights to start from: the model's own, or random ones as its config.json describes them, drawn
+    with `train.seed` (training from scratch; needs `train.parameters: full`)."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model; null is its main branch."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -343,8 +343,8 @@ class Config(Section):
 
     method: Literal["sft", "pretrain", "dpo", "orpo", "kto", "reward", "grpo"] = "sft"
     """Training method: sft learns the answers of conversations, or all of a plain text; pretrain learns
-    plain text only; dpo and orpo learn from pairs (chosen, rejected), kto from answers with a label, reward
-    makes a model that scores answers, of pairs; grpo samples answers and learns from `grpo.reward`."""
+    plain text only; dpo and orpo learn from pairs (chosen, rejected), kto from answers with a label,
+    reward makes a model that scores answers, of pairs; grpo samples answers and learns from `grpo.reward`."""
     run: RunSection = RunSection()
     """Where the run is kept."""
     model: ModelSection = ModelSection()
