@@ -117,7 +117,7 @@ def _make_muon(
     settings: dict[str, Any] = {k: v for k, v in train.optimizer_args.items() if k not in ADAM}
     # Updates as large as AdamW's, so that a learning rate for one suits the other (arXiv 2502.16982).
     settings.setdefault("adjust_lr_fn", "match_rms_adamw")
-    decay = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    decay: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     parts: list[torch.optim.Optimizer] = []
     if matrices:
         parts.append(torch.optim.Muon(matrices, **decay, **settings))

@@ -71,16 +71,15 @@ def _add_adapter(model: Any, config: Config) -> CausalLM:
             "leave lora.init at default",
         )  # fmt: skip
     targets = [lora.targets] if isinstance(lora.targets, str) else lora.targets
-    settings = LoraConfig(
-        task_type="SEQ_CLS",
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        bias=lora.bias,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        init_lora_weights=True if lora.init == "default" else "gaussian",
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        modules_to_save=[*lora.modules_to_save, SCORE],
-    )
-    return get_peft_model(model, settings)  # type: ignore[return-value]
+    settings: dict[str, Any] = {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": lora.bias,
+        "target_modules": "all-linear" if targets == ["all-linear"] else targets,
+        "init_lora_weights": True if lora.init == "default" else "gaussian",
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
+        "modules_to_save": [*lora.modules_to_save, SCORE],
+    }
+    return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **settings))  # type: ignore[return-value]

@@ -104,7 +104,8 @@ class WhetTrainer(Trainer):
         self.at = (0, "forward")  # the pass of the step that is being computed, and its phase
         self.watch = HeldOutWatch(config.eval.patience, config.eval.keep_best)
         seed = config.train.seed if config.train.shuffle else None
-        lengths, options = lengths_of(train), config.train
+        options = config.train
+        lengths: Any = lengths_of(train)
         self.sampler = StepSampler(lengths, options.batch_size, seed, options.batch_tokens)
         super().__init__(
             model=model,

@@ -233,6 +233,7 @@ def _grpo_trainer(
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer  # type: ignore[import-not-found]
 
+    functions: Any = rewards
     settings = config.grpo
     arguments = GRPOConfig(
         **_shared_arguments(config, run),
@@ -247,7 +248,7 @@ def _grpo_trainer(
     )
     return GRPOTrainer(
         model,
-        reward_funcs=list(rewards),
+        reward_funcs=functions,
         args=arguments,
         train_dataset=Dataset.from_list(list(prompts_of(config))),
         processing_class=tokenizer,
