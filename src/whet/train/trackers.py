@@ -62,7 +62,7 @@ def tracking(
 
 def _start_wandb(run: RunFolder) -> Any:
     """Start a run of wandb in the run's folder; None when the caller's program has one already."""
-    import wandb
+    import wandb  # type: ignore[import-not-found]
 
     if wandb.run is not None:
         return None
