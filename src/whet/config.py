@@ -334,8 +334,9 @@ class Config(Section):
 
     method: Literal["sft", "pretrain", "dpo", "orpo", "kto", "reward", "grpo"] = "sft"
     """Training method: sft learns the answers of conversations, or all of a plain text; pretrain learns
-    plain text only; dpo and orpo learn from pairs (chosen, rejected), kto from answers with a label, reward
-    makes a model that scores answers, of pairs; grpo samples answers and learns from `grpo.reward`."""
+    plain text only; dpo and orpo learn from pairs (chosen, rejected), kto from answers with a label,
+    reward makes a model that scores answers, of pairs; grpo samples answers and learns from
+    `grpo.reward`."""
     run: RunSection = RunSection()
     """Where the run is kept."""
     model: ModelSection = ModelSection()

@@ -40,7 +40,9 @@ PACKABLE = (
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
 )  # fmt: skip
 # Arguments of the top that the decoder does not take.
-HEAD_ARGUMENTS = ("labels", "shift_labels", "logits_to_keep", "num_items_in_batch", "whet_log_probs")  # fmt: skip
+HEAD_ARGUMENTS = (
+    "labels", "shift_labels", "logits_to_keep", "num_items_in_batch", "whet_log_probs"
+)  # fmt: skip
 
 
 @dataclass
