@@ -191,8 +191,9 @@ table {{ border-collapse: collapse; }}
 td, th {{ padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--soft); text-align: left; }}
 td.n, th.n {{ text-align: right; font-variant-numeric: tabular-nums; }}
 .bar {{ background: var(--bar); height: .8rem; border-radius: 2px; }}
-.row {{ white-space: pre-wrap; unicode-bidi: plaintext; overflow-wrap: anywhere; border: 1px solid var(--soft);
-  border-radius: 6px; padding: .8rem; font-family: ui-monospace, monospace; font-size: .85rem; }}
+.row {{ white-space: pre-wrap; unicode-bidi: plaintext; overflow-wrap: anywhere;
+  border: 1px solid var(--soft); border-radius: 6px; padding: .8rem;
+  font-family: ui-monospace, monospace; font-size: .85rem; }}
 .row span {{ opacity: .65; }}
 .row mark {{ background: none; color: var(--learned); font-weight: 600; text-decoration: underline;
   text-decoration-thickness: 1px; text-underline-offset: 3px; }}
