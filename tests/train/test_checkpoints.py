@@ -236,7 +236,7 @@ def test_a_run_that_is_killed_five_times_has_the_losses_it_would_have_had(
             target=live, args=(str(file), moment, draw.randint(1, 3), machine_speed)
         )
         process.start()
-        process.join(120)
+        process.join(300)
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
