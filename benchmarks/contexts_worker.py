@@ -79,11 +79,11 @@ def prepare_whet(job: Job) -> Step:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from whet.config import ModelSection
     from whet.engine import swap
     from whet.engine.memory import Policy
     from whet.model.load import load_model
     from whet.model.loss import summed_loss
+    from whet.sections import ModelSection
     from whet.train.survive import free_memory
 
     section = ModelSection(name=job.model, load_in_4bit=job.work.load_in_4bit)

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from whet.config import ModelSection
 from whet.engine import swap
 from whet.model.load import load_model, load_tokenizer
+from whet.sections import ModelSection
 
 ROWS, PASSES = 8, 4
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "train.jsonl"

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from benchmarks.engine_step import QUICKSTART, read_rows
-from whet.config import ModelSection
 from whet.data.packing import Packing, StepSampler, efficiency
 from whet.data.tokenize import IGNORED, Tokens, collate
 from whet.engine import swap
 from whet.model.load import load_model, load_tokenizer
 from whet.model.loss import summed_loss
+from whet.sections import ModelSection
 
 BATCH, PER_PASS, SEED = 8, 2, 3407
 

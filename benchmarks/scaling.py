@@ -135,9 +135,9 @@ def make_model(name: str, rank: int) -> tuple[Any, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from whet.config import ModelSection
     from whet.engine import swap
     from whet.model.load import load_model
+    from whet.sections import ModelSection
 
     torch.manual_seed(SEED)
     base: Any = load_model(ModelSection(name=name), torch.bfloat16)
@@ -270,10 +270,10 @@ def watch_anonymous() -> Iterator[dict[str, int]]:
 
 def prepare_rows(num: int, model: str) -> Point:
     """Prepare so many rows in this process (and its workers), and once more from the cache."""
-    from whet.config import DataSection, ModelSection
     from whet.data.prepare import prepare
     from whet.data.template import set_chat_template
     from whet.model.load import load_tokenizer
+    from whet.sections import DataSection, ModelSection
 
     tokenizer = load_tokenizer(ModelSection(name=model))
     template = set_chat_template(tokenizer, None)

@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from whet.cli import main
-from whet.config import DataSection
 from whet.data.prepare import prepare
 from whet.data.tokenize import Tokens
 from whet.data_view import SHOWN_TOKENS, choose_rows, print_report, show_row, to_html
+from whet.sections import DataSection
 
 
 def write(file, rows):

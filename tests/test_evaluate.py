@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-from whet.config import EvalSection
 from whet.config_file import load_config
 from whet.data.prepare import prepare
 from whet.errors import InputError
 from whet.evaluate import compare, evaluate, mean_loss
+from whet.sections import EvalSection
 from whet.trained import load_trained
 
 

@@ -71,7 +71,7 @@ def test_the_whole_recipe_for_gpt2_trains_a_csv_file_from_random_weights(tmp_pat
 
 
 def test_the_committed_tokenizer_is_what_its_script_writes_and_takes_any_text(run_script, tmp_path):
-    from whet.config import ModelSection
+    from whet.sections import ModelSection
 
     tokenizer = load_tokenizer(ModelSection(name=str(BYTES), init="random"))
     text = "Zażółć gęślą jaźń, 🙂\n\ttabs  and\r\nends"

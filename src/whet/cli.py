@@ -31,13 +31,13 @@ from whet.cli_options import (
     keys,
 )
 from whet.cli_setup import setup
-from whet.config import DataSection
 from whet.config_file import (
     load_config,
     to_yaml,
 )
 from whet.data.sources import require_sources
 from whet.errors import InputError, WhetError
+from whet.sections import DataSection
 
 if TYPE_CHECKING:
     from whet.trained import Loaded

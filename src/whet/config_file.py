@@ -17,8 +17,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from whet.config import Config, Section
+from whet.config import Config
 from whet.errors import InputError, did_you_mean
+from whet.sections import Section
 
 # --- reading -------------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from whet.config import DataSection, EvalSection
 from whet.data.formats import Example
 from whet.data.pairs import with_good_answers
 from whet.data.prepare import PreparedData, prepare
@@ -23,6 +22,7 @@ from whet.generate import Sampling, generate
 from whet.model import CausalLM, Tokenizer
 from whet.model.load import attach_engine, max_length
 from whet.model.loss import summed_loss
+from whet.sections import DataSection, EvalSection
 from whet.trained import Loaded
 
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from whet.config import Config, ModelSection
+from whet.config import Config
 from whet.config_file import load_config
 from whet.data.template import set_chat_template
 from whet.model import CausalLM, Tokenizer
 from whet.model.load import choose_dtype, load_model, load_tokenizer
 from whet.runs import RunFolder
+from whet.sections import ModelSection
 
 if TYPE_CHECKING:
     import torch

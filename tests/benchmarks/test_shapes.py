@@ -82,9 +82,9 @@ def test_a_quantised_folder_may_be_asked_for_in_four_bits_again(folders, ids):
 
 
 def test_whet_loads_a_quantised_folder_and_fuses_all_of_it(folders, ids):
-    from whet.config import ModelSection
     from whet.engine import swap
     from whet.model.load import load_model
+    from whet.sections import ModelSection
 
     section = ModelSection(name=str(folders[True]), load_in_4bit=True)
     model = load_model(section, torch.bfloat16).train()

@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from whet.config import DataSection
 from whet.data.gates import check_gates, faults, require_method
 from whet.data.prepare import prepare
 from whet.errors import InputError
+from whet.sections import DataSection
 
 NO_END = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}"

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from whet.config import DataSection
 from whet.data import cache, pipeline
 from whet.data.formats import Example
 from whet.data.prepare import examples_of, prepare
@@ -17,6 +16,7 @@ from whet.data.store import count_labels, lengths_of
 from whet.data.tokenize import tokenize
 from whet.errors import InputError, WhetError
 from whet.model.load import cache_dir
+from whet.sections import DataSection
 
 
 def write(file, rows):
@@ -125,7 +125,7 @@ def test_a_killed_process_leaves_nothing_that_is_used(tmp_path, tiny_model):
     script = f"""
 import os, signal, sys
 from transformers import AutoTokenizer
-from whet.config import DataSection
+from whet.sections import DataSection
 from whet.data.prepare import prepare
 tell = lambda num: num >= 2500 and os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] == "whole": tell = lambda num: None

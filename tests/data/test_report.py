@@ -2,12 +2,12 @@ import json
 
 import pytest
 
-from whet.config import DataSection
 from whet.data.formats import Example
 from whet.data.gates import check_gates
 from whet.data.prepare import prepare
 from whet.data.tokenize import collate, tokenize
 from whet.errors import InputError
+from whet.sections import DataSection
 
 
 def conversation(question, answer):

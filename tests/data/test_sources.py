@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from whet.config import DataSection
 from whet.data.sources import (
     SUFFIXES,
     Fault,
@@ -16,6 +15,7 @@ from whet.data.sources import (
     require_sources,
 )
 from whet.errors import InputError
+from whet.sections import DataSection
 
 ROWS = [{"text": "one"}, {"text": "two"}]
 

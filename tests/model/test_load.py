@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from whet.config import ModelSection
 from whet.errors import InputError
 from whet.model.load import choose_dtype, load_model, load_tokenizer, max_length, resolve
+from whet.sections import ModelSection
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from whet.config import LoraSection, ModelSection
 from whet.config_file import load_config
 from whet.errors import InputError
 from whet.model.load import load_model
@@ -13,6 +12,7 @@ from whet.model.lora import (
     prepare_parameters,
 )
 from whet.model.loss import summed_loss
+from whet.sections import LoraSection, ModelSection
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}

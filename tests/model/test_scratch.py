@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from whet.config import ModelSection
 from whet.config_file import load_config
 from whet.errors import InputError
 from whet.model.load import load_model, load_tokenizer, resolve
+from whet.sections import ModelSection
 
 
 @pytest.fixture

@@ -20,13 +20,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from whet.compat.arguments import sort_out
-from whet.config import ModelSection
 from whet.engine.swap import base_of, detach
 from whet.errors import InputError
 from whet.export.weights import write_model
 from whet.model import CausalLM, Tokenizer
 from whet.model.load import forget_quantization, load_model
 from whet.runs import whole_folder
+from whet.sections import ModelSection
 
 logger = logging.getLogger(__name__)
 

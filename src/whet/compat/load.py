@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whet.config import ModelSection
 from whet.errors import InputError
 from whet.model import CausalLM, Tokenizer
 from whet.model.load import (
@@ -19,6 +18,7 @@ from whet.model.load import (
     load_tokenizer,
 )
 from whet.runs import RunFolder
+from whet.sections import ModelSection
 
 if TYPE_CHECKING:
     import torch

@@ -24,11 +24,11 @@ from whet.compat.engine import (
 )
 from whet.compat.export import Source, bind, is_quantised, source_of
 from whet.compat.load import Wish, load_both
-from whet.config import LoraSection, ModelSection
 from whet.engine.swap import base_of, report_of
 from whet.errors import InputError
 from whet.model import CausalLM, Tokenizer
 from whet.model.lora import add_adapter, decoder_layers
+from whet.sections import LoraSection, ModelSection
 
 if TYPE_CHECKING:
     import torch

@@ -19,11 +19,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from whet.config import DataSection
 from whet.data.sources import Source, digest
 from whet.errors import WhetError
 from whet.model import Tokenizer
 from whet.model.load import cache_dir
+from whet.sections import DataSection
 
 FORMAT = 1  # raised when the same settings give other files
 MANIFEST = "manifest.json"

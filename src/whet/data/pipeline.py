@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
-from whet.config import DataSection
 from whet.data.content import inspect_example
 from whet.data.formats import (
     Example,
@@ -35,6 +34,7 @@ from whet.data.store import Batch, StoreWriter, to_batch
 from whet.data.tokenize import encode
 from whet.errors import WhetError
 from whet.model import Tokenizer
+from whet.sections import DataSection
 
 CHUNK = 256  # examples that are tokenised at a time
 ALONE = 32  # chunks before other processes are worth their start

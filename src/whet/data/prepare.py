@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from whet.config import DataSection
 from whet.data import cache
 from whet.data.formats import Example
 from whet.data.pipeline import SAMPLE_SEED, Reading, read_examples, write_store
@@ -28,6 +27,7 @@ from whet.data.store import FILES, StoredExamples, TokenRows, TokenStore
 from whet.data.tokenize import hash64
 from whet.errors import InputError
 from whet.model import Tokenizer
+from whet.sections import DataSection
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from whet.config import DataSection
 from whet.data.readers import SUFFIXES, TABLE_SUFFIXES, read_file, suffix_of
 from whet.data.rows import Fault, Row, kind_of
 from whet.errors import InputError, did_you_mean
+from whet.sections import DataSection
 
 __all__ = [
     "SUFFIXES", "Fault", "Row", "Source", "digest", "find_sources", "kind_of", "read_rows",

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whet.config import Config, ModelSection
+from whet.config import Config
 from whet.errors import InputError, did_you_mean
 from whet.model import CausalLM, Tokenizer
 from whet.model.scratch import random_model, require_room
 from whet.runs import require_free, whole_folder
+from whet.sections import ModelSection
 
 if TYPE_CHECKING:
     import torch

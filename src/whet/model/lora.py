@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from whet.config import Config, LoraSection, ModelSection
+from whet.config import Config
 from whet.errors import InputError, did_you_mean
 from whet.model import CausalLM
 from whet.model.load import load_model, load_model_config
+from whet.sections import LoraSection, ModelSection
 
 if TYPE_CHECKING:
     from torch import nn

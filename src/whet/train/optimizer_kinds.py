@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers.training_args import OptimizerNames
 
-from whet.config import WITH_TRL, Config, TrainSection
+from whet.config import Config
 from whet.errors import InputError, did_you_mean
+from whet.sections import WITH_TRL, TrainSection
 
 ADAM = ("beta1", "beta2", "epsilon")
 GALORE = ("rank", "update_proj_gap", "scale", "proj_type")

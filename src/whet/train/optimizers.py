@@ -20,9 +20,9 @@ from torch import nn
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
-from whet.config import TrainSection
 from whet.errors import InputError
 from whet.model.lora import decoder_layers
+from whet.sections import TrainSection
 from whet.train.optimizer_kinds import ADAM, kind_of
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from whet.config import PREFERENCES
 from whet.runs import RunFolder, writing
+from whet.sections import PREFERENCES
 
 
 def plot_loss(run: RunFolder) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from whet.config import PREFERENCES, Config
+from whet.config import Config
 from whet.data.pairs import Unit, mismatched
 from whet.data.tokenize import IGNORED, Tokens, collate
 from whet.engine.passes import PackedPass, pack_pass, pack_shared
 from whet.engine.swap import fuses_head, takes_packed
 from whet.model.load import max_length
 from whet.model.loss import label_log_probs
+from whet.sections import PREFERENCES
 from whet.train.preference_loss import dpo_loss, kto_loss, odds_loss
 from whet.train.trainer import WhetTrainer
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from whet.config import PreferenceSection
+from whet.sections import PreferenceSection
 
 
 def dpo_loss(

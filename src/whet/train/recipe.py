@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from whet.config import PREFERENCES, WITH_TRL, Config
+from whet.config import Config
 from whet.data.gates import check_gates, require_method
 from whet.data.pairs import with_units
 from whet.data.prepare import PreparedData, prepare
@@ -39,6 +39,7 @@ from whet.model.load import (
 from whet.model.lora import check_parameters, count_parameters, prepare_parameters
 from whet.plan.plan import Plan
 from whet.runs import RunFolder, require_free, resume_run, start_run, write_text
+from whet.sections import PREFERENCES, WITH_TRL
 from whet.train.callbacks import Metrics, StopAtSignal, peak_memory_bytes
 from whet.train.checkpoints import keep_pissa_start, newest_whole, save_weights, settle
 from whet.train.listen import Listener, LogListener
