@@ -163,6 +163,23 @@ def test_a_plain_model_gets_the_engine_and_policies_for_checkpointing(tiny_model
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["the model's", "the trainer's"])
+def test_adapters_of_a_4_bit_model_stay_in_float32_as_they_were(tiny_model, rows, tmp_path, given):
+    from peft import LoraConfig
+
+    model, tokenizer = make(tiny_model, adapted=not given, load_in_4bit=True)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    own = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if given else None
+    trainer = SFTTrainer(
+        model, TrainingArguments(str(tmp_path), **SETTINGS), train_dataset=rows,
+        processing_class=tokenizer, peft_config=own,
+    )  # fmt: skip
+    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained and all(p.dtype is torch.float32 for p in trained.values())
+    for name, values in ({} if given else before).items():
+        assert torch.equal(trained[name], values)
+
+
 def test_training_after_inference_uses_the_engine_again(tiny_model, rows, tmp_path):
     model, tokenizer = make(tiny_model)
     FastLanguageModel.for_inference(model)

@@ -12,11 +12,11 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from whet.compat.arguments import OLD_TRL, sort_out, translated, without_mixed_precision
 from whet.compat.engine import put_engine
-from whet.compat.export import bind
+from whet.compat.export import bind, is_quantised
 from whet.engine import swap
 from whet.errors import InputError
 from whet.plan.memory import LEAST
@@ -25,6 +25,9 @@ try:
     import trl as installed  # type: ignore[import-not-found]
 except ImportError as error:
     raise InputError("whet.SFTTrainer needs trl", fix="pip install 'whet[trl]'") from error
+
+if TYPE_CHECKING:
+    import torch
 
 trl: Any = installed  # its names are lazy, and pyright sees none of them
 
@@ -110,6 +113,7 @@ class SFTTrainer(trl.SFTTrainer):
             config.dataset_text_field = "text"  # trl writes there what the function makes
         if not isinstance(model, str):
             _attach(model, config)
+        exact = [] if isinstance(model, str) else _float32_parameters(model)
         # One process drives one GPU; left alone, transformers puts DataParallel over all it sees.
         config._n_gpu = min(1, config.n_gpu)
         super().__init__(
@@ -127,8 +131,7 @@ class SFTTrainer(trl.SFTTrainer):
         swap.stay_on_top(self.model)
         if self.model is not model and hasattr(self.model, "peft_config"):
             bind(self.model)  # the adapter is the trainer's
-        if self.args.fp16:
-            _widen_adapters(self.model)
+        _keep_adapters_in_float32(self.model, exact)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, with the engine even where `for_inference` has set it aside before."""
@@ -216,13 +219,36 @@ def _attach(model: Any, config: Any) -> None:
             setattr(config, f"{name}_kwargs", None)
 
 
-def _widen_adapters(model: Any) -> None:
-    """Give adapters float32 back where fp16 scales the loss: its scaler refuses bfloat16 gradients.
+def _float32_parameters(model: Any) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Return the trained parameters in float32, each with its values."""
+    import torch
 
-    trl 1.16 turns the adapters of a quantised model into bfloat16.
+    return [
+        (parameter, parameter.data)
+        for parameter in model.parameters()
+        if parameter.requires_grad and parameter.dtype is torch.float32
+    ]
+
+
+def _keep_adapters_in_float32(
+    model: Any, exact: list[tuple[torch.nn.Parameter, torch.Tensor]]
+) -> None:
+    """Undo that trl 1.16 rounds the adapters of a quantised model to bfloat16, values and all.
+
+    An update of 1e-5 of a weight is lost in bfloat16, whose steps are 4e-3 of it; the engine multiplies
+    by float32 adapters without rounding them, and the scaler of fp16 refuses bfloat16 gradients.
+
+    Args:
+        model: What trl has made of the model.
+        exact: `_float32_parameters` before that; adapters that trl made itself are widened as they are.
     """
     import torch
 
+    for parameter, values in exact:
+        if parameter.dtype is not torch.float32:
+            parameter.data = values.to(parameter.device)
+    if not is_quantised(model):
+        return
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype is torch.bfloat16:
             parameter.data = parameter.data.float()
