@@ -229,29 +229,67 @@ def test_a_supervised_run_has_the_same_losses(settings, words, tmp_path):
             assert abs(ours[key] - theirs[key]) <= 1e-4 * abs(theirs[key]) + 1e-4, key
 
 
-def test_a_preference_run_has_the_same_losses(words, tmp_path):
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+PAIRS = {
+    "prompt": ["turn red", "a user", "four"] * 3,
+    "chosen": [" into a colour", " answers a user", " and a number"] * 3,
+    "rejected": [" four", " red", " the assistant answers"] * 3,
+}  # fmt: skip
 
-    rows = Dataset.from_dict({
-        "prompt": ["turn red", "a user", "four"] * 3,
-        "chosen": [" into a colour", " answers a user", " and a number"] * 3,
-        "rejected": [" four", " red", " the assistant answers"] * 3,
-    })  # fmt: skip
-    model, found = adapted(build("llama3", vocab_size=331)), []
+
+def comparing(method):
+    """trl's trainer of a method, its arguments, rows as it wants them, and the numbers that it logs."""
+    import trl
+
+    both = ("logps/chosen", "logps/rejected")
+    if method == "dpo":
+        return trl.DPOTrainer, trl.DPOConfig, PAIRS, both
+    if method == "orpo":
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+        return ORPOTrainer, ORPOConfig, PAIRS, (*both, "nll_loss", "log_odds_ratio")
+    if method == "kto":
+        labels = [True, False, True] * 3
+        rows = {"prompt": PAIRS["prompt"], "completion": PAIRS["chosen"], "label": labels}
+        return trl.KTOTrainer, trl.KTOConfig, rows, ("kl", "logps/chosen")
+    texts = {side: [p + t for p, t in zip(PAIRS["prompt"], PAIRS[side], strict=True)]
+             for side in ("chosen", "rejected")}  # fmt: skip
+    return trl.RewardTrainer, trl.RewardConfig, texts, ("mean_reward", "margin", "accuracy")
+
+
+def scoring():
+    """A small model that scores answers, with an adapter."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForSequenceClassification
+
+    config = build("llama3", vocab_size=331).config
+    config.num_labels, config.pad_token_id = 1, 0
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config)
+    settings = LoraConfig(r=4, task_type="SEQ_CLS", target_modules="all-linear")
+    return get_peft_model(model, settings)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "orpo", "reward"])
+def test_a_comparing_run_has_the_same_losses(method, words, tmp_path):
+    """trl's own trainers, given a model with the engine in it and the same one without."""
+    from datasets import Dataset
+
+    trainer_class, arguments, rows, logged = comparing(method)
+    model = scoring() if method == "reward" else adapted(build("llama3", vocab_size=331))
+    settings, found = {**SETTINGS, "gradient_accumulation_steps": 1}, []
     for inside in (True, False):
         one = copy.deepcopy(model)
         if inside:
-            swap.attach(one)
-        settings = {**SETTINGS, "gradient_accumulation_steps": 1}
-        trainer = DPOTrainer(
-            one, args=DPOConfig(str(tmp_path / str(inside)), **settings), train_dataset=rows,
-            processing_class=words,
+            assert swap.attach(one).layers_fused == 2
+        trainer = trainer_class(
+            one, args=arguments(str(tmp_path / str(inside)), **settings),
+            train_dataset=Dataset.from_dict(rows), processing_class=copy.deepcopy(words),
         )  # fmt: skip
         if inside:
             swap.stay_on_top(trainer.model)
         trainer.train()
         found.append([line for line in trainer.state.log_history if "loss" in line])
+    assert len(found[0]) == len(found[1]) >= 2
     for ours, theirs in zip(*found, strict=True):
-        for key in ("loss", "grad_norm", "logps/chosen", "logps/rejected"):
+        for key in ("loss", "grad_norm", *logged):
             assert abs(ours[key] - theirs[key]) <= 1e-4 * abs(theirs[key]) + 1e-4, key
