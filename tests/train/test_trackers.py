@@ -7,7 +7,7 @@ import types
 import pytest
 
 from whet.config_file import load_config
-from whet.errors import InputError
+from whet.errors import InputError, WhetError
 from whet.train.listen import LogListener
 from whet.train.recipe import fit
 from whet.train.trackers import check_trackers
@@ -135,3 +135,30 @@ def test_mlflow_is_told_every_step_under_the_runs_name(short, monkeypatch):
     run = fit(load_config(short, ["train.trackers=[mlflow]"]), listener=Quiet())
     assert told[0] == ("start", "tiny") and told[-1] == ("end", None)
     assert {step: m["loss"] for step, m in told[1:-1] if "loss" in m} == losses(run)
+
+
+@pytest.mark.parametrize("when", ["start", "step 3"])
+def test_a_tracker_that_fails_ends_a_run_only_before_it_begins(short, monkeypatch, when):
+    told, notes = [], []
+    made = stand_in_mlflow(told)
+    made.__spec__ = importlib.util.spec_from_loader("mlflow", loader=None)
+
+    def refuse(*_, **more):
+        if when == "start" or more.get("step") == 3:
+            raise ConnectionError("the server is gone\nand a second line")
+
+    setattr(made, "start_run" if when == "start" else "log_metrics", refuse)
+    monkeypatch.setitem(sys.modules, "mlflow", made)
+    listener = Quiet()
+    listener.note = notes.append
+    config = load_config(short, ["train.trackers=[mlflow]"])
+    if when == "start":
+        with pytest.raises(
+            WhetError, match="tracker 'mlflow' cannot be started: the server is gone"
+        ):
+            fit(config, listener=listener)
+        return
+    run = fit(config, listener=listener)
+    assert len(losses(run)) == 4, "the run went on, and metrics.jsonl is complete"
+    (said,) = [note for note in notes if "mlflow" in note]
+    assert "failed and is told nothing more" in said and said.endswith("the server is gone")

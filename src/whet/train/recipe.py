@@ -252,7 +252,9 @@ def _train(
         listener.stage("training")
         if checkpoint is not None:
             run.forget_metrics_after(int(checkpoint.name.removeprefix("step-")))
-        tracks = tracking(run, config.train.trackers, trainer.callback_handler.callbacks)
+        tracks = tracking(
+            run, config.train.trackers, trainer.callback_handler.callbacks, listener.note
+        )
         with stop.listening(listener.note), tracks:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         done, steps = trainer.state.global_step, trainer.state.max_steps

@@ -31,6 +31,7 @@ from whet.train.callbacks import Progress, StopAtSignal, append_line, peak_memor
 from whet.train.listen import Listener
 from whet.train.plot import plot_loss
 from whet.train.reward_model import load_reward_model
+from whet.train.trackers import tracking
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -127,7 +128,9 @@ def _train(
     for callback in (TrlMetrics(run, listener), stop, *callbacks):
         trainer.add_callback(callback)
     listener.stage("training")
-    with stop.listening(listener.note):
+    handlers = trainer.callback_handler.callbacks
+    tracks = tracking(run, config.train.trackers, handlers, listener.note)
+    with stop.listening(listener.note), tracks:
         trainer.train()
     done, steps = trainer.state.global_step, trainer.state.max_steps
     if done < steps:
