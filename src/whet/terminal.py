@@ -74,6 +74,8 @@ def quiet_libraries() -> None:
     logging.getLogger("whet").setLevel(logging.INFO)
     # bitsandbytes says at its import that an optional kernel package is not there.
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    # It tells each of its retries twice; the error that ends them says it all.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
