@@ -74,9 +74,10 @@ def quiet_libraries() -> None:
     logging.getLogger("whet").setLevel(logging.INFO)
     # bitsandbytes says at its import that an optional kernel package is not there.
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
-    # It tells each of its retries twice; the error that ends them says it all.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     import transformers
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.set_verbosity_error()  # it tells each of its retries twice; the last error says it all
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
