@@ -101,15 +101,7 @@ class Terminal:
 
     def progress(self, progress: Progress) -> None:
         """Show one log step: a moving bar on a terminal, a line elsewhere."""
-        parts = [
-            f"loss {progress.loss:.4f}",
-            f"ETA {clock(progress.eta_seconds)}",
-            f"{progress.tokens_per_second:,.0f} tokens/s",
-            f"{progress.memory_bytes / 2**30:.2f} of {progress.planned_bytes / 2**30:.2f} GiB",
-            f"MFU {progress.mfu:.0%}",
-            f"lr {progress.learning_rate:.1e}",
-            f"{progress.labelled_per_second:,.0f} learned/s",
-        ]
+        parts = list(_parts(progress))
         if not self.out.is_terminal:
             self.out.print(f"step {progress.step}/{progress.num_steps}  {'  '.join(parts)}")
             return
@@ -135,6 +127,23 @@ class Terminal:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _parts(progress: Progress) -> Iterator[str]:
+    """Yield what is shown of a step, the most telling first; what was not measured is left out."""
+    yield f"loss {progress.loss:.4f}"
+    for word, value in progress.judged.items():
+        yield f"{word} {value:.3f}"
+    yield f"ETA {clock(progress.eta_seconds)}"
+    yield f"{progress.tokens_per_second:,.0f} tokens/s"
+    memory = f"{progress.memory_bytes / 2**30:.2f}"
+    planned = f" of {progress.planned_bytes / 2**30:.2f}" if progress.planned_bytes else ""
+    yield f"{memory}{planned} GiB"
+    if progress.mfu:
+        yield f"MFU {progress.mfu:.0%}"
+    yield f"lr {progress.learning_rate:.1e}"
+    if progress.labelled_per_second:
+        yield f"{progress.labelled_per_second:,.0f} learned/s"
 
 
 def _make_bar(out: Console) -> Bar:

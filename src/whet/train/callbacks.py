@@ -7,9 +7,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,8 @@ class Progress:
         seconds_in: Share of the time in data, forward, backward and optimizer, in seconds a step.
         seconds: Since training began.
         eta_seconds: Until training ends, at the mean pace so far.
+        judged: What else tells how it goes, by the word to show: the mean `reward` (grpo), the share of
+            pairs whose chosen answer is `preferred` (dpo, orpo, reward).
     """
 
     step: int
@@ -62,6 +64,16 @@ class Progress:
     seconds_in: dict[str, float]
     seconds: float
     eta_seconds: float
+    judged: dict[str, float] = field(default_factory=dict)
+
+
+# What whet's and trl's trainers log of it, and the word for it.
+_JUDGED = {"reward": "reward", "rewards/accuracies": "preferred", "accuracy": "preferred"}
+
+
+def judged_in(logs: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a line of logs tells besides the loss, by the word to show."""
+    return {word: float(logs[key]) for key, word in _JUDGED.items() if key in logs}
 
 
 class Metrics(TrainerCallback):
@@ -178,6 +190,7 @@ class Metrics(TrainerCallback):
             seconds_in={name: seconds / steps for name, seconds in phases.items()},
             seconds=now - self._start,
             eta_seconds=(now - self._start) / done * (state.max_steps - state.global_step),
+            judged=judged_in(logs),
         )
 
     def write(self, line: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from whet.model.load import attach_engine, choose_dtype, device, load_model
 from whet.model.lora import count_parameters, prepare_parameters
 from whet.runs import RunFolder, start_run, whole_folder
 from whet.train.arguments import training_arguments
-from whet.train.callbacks import Progress, StopAtSignal, append_line, peak_memory_bytes
+from whet.train.callbacks import Progress, StopAtSignal, append_line, judged_in, peak_memory_bytes
 from whet.train.listen import Listener
 from whet.train.plot import plot_loss
 from whet.train.reward_model import load_reward_model
@@ -328,6 +328,7 @@ class TrlMetrics(TrainerCallback):
             tokens_per_second=rate, labelled_per_second=0.0, entered_per_second=rate, mfu=0.0, hfu=0.0,
             memory_bytes=peak_memory_bytes(), planned_bytes=0, seconds_in={}, seconds=seconds,
             eta_seconds=seconds / max(1, state.global_step) * (state.max_steps - state.global_step),
+            judged=judged_in(numbers),
         ))  # fmt: skip
 
 
