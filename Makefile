@@ -6,7 +6,7 @@
 # make bench-quick  this working tree beside main, in under three minutes
 
 PYTHON ?= python3
-# Test processes, a thread each: twice as fast as one process with two threads, for most tests are small.
+# Test processes of one thread each: most tests are too small for two threads.
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
