@@ -138,7 +138,11 @@ class ReadyModel:
         if torch.is_grad_enabled() or self.base.training or cache is None:
             return None
         if not cache.get_seq_length():  # a new prompt, which the original reads
-            self.refresh()
+            try:
+                self.refresh()
+            except Unsupported as reason:
+                logger.warning("transformers' own code decodes from now on: %s", reason)
+                self.state.decoding = None
             return None
         if not _plain_call(self.base, kwargs):
             return None
@@ -151,12 +155,28 @@ class ReadyModel:
         if mask is not None and bool(mask.all()):
             mask = None
         step = CacheStep(self.layers, cache, mask)
-        hidden_BD = self.hidden(ids, positions.expand(len(ids), 1)[:, 0] if positions.ndim == 2
-                                else positions, step)  # fmt: skip
+        hidden_BD = self.hidden(ids, positions.reshape(-1).expand(len(ids)), step)
         return CausalLMOutputWithPast(
             logits=self.logits(hidden_BD)[:, None],  # type: ignore[arg-type]
             past_key_values=cache,
         )
+
+
+def decode_for_generate(model: Any, on: bool) -> str:
+    """Let callers of `model.generate` have their new tokens from the engine, or from the original.
+
+    Args:
+        model: A causal language model of transformers, or a peft model around one, in eval mode, with the
+            engine in it.
+        on: Whether the engine decodes.
+
+    Returns:
+        Nothing, or in words why the original decodes all the same.
+    """
+    state: EngineState = vars(swap.base_of(model))["_whet"]
+    ready = make_ready(model) if on else None
+    state.decoding = ready if isinstance(ready, ReadyModel) else None
+    return ready if isinstance(ready, str) else ""
 
 
 def make_ready(model: Any) -> ReadyModel | str:
