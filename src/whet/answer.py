@@ -86,7 +86,9 @@ class GrowingText:
         self._ids.append(token)
         text = self._decode(self._ids[self._start :])
         held = len(text) - len(text.rstrip(INCOMPLETE))
-        end = len(text) - min(held, LONGEST_INCOMPLETE)
+        if len(self._ids) - self._whole > LONGEST_INCOMPLETE:  # most of it will stay as it is
+            held = min(held, LONGEST_INCOMPLETE)
+        end = len(text) - held
         piece, self._told = text[self._told : end], max(self._told, end)
         if piece and not held:
             self._start, self._whole = self._whole, len(self._ids)

@@ -95,7 +95,9 @@ def generate(
     num_top = None if logprobs is False else int(logprobs) if logprobs is not True else 0
     requests = [Request(ids, sampling, 0, num_top, echo and num_top is not None) for ids in encoded]
     decoder = make_decoder(model, tokenizer, engine)
-    answers = complete(Batch(decoder, tokenizer, end_token_ids(model, tokenizer)), requests, batch_size)
+    answers = complete(
+        Batch(decoder, tokenizer, end_token_ids(model, tokenizer)), requests, batch_size
+    )
     return [_completion(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 

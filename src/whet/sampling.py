@@ -64,9 +64,7 @@ class Sampling:
             raise InputError("; ".join(wrong))
 
 
-def choose(
-    logits_V: torch.Tensor, sampling: Sampling, seen: Sequence[int], uniform: float
-) -> int:
+def choose(logits_V: torch.Tensor, sampling: Sampling, seen: Sequence[int], uniform: float) -> int:
     """Choose one sequence's next token.
 
     Args:
@@ -97,9 +95,7 @@ def choose(
     return place if ids_N is None else int(ids_N[place])
 
 
-def _penalised(
-    logits_V: torch.Tensor, penalty: float | None, seen: Sequence[int]
-) -> torch.Tensor:
+def _penalised(logits_V: torch.Tensor, penalty: float | None, seen: Sequence[int]) -> torch.Tensor:
     import torch
 
     assert penalty is not None

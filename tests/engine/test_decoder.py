@@ -200,7 +200,9 @@ def sabotaged(fault, monkeypatch):
     if fault == "adapter left out":
         merge = product.merged
         monkeypatch.setattr(
-            product, "merged", lambda p, dtype: merge(type(p)(p.weight, p.bias_N, None, p.transposed), dtype)
+            product,
+            "merged",
+            lambda p, dtype: merge(type(p)(p.weight, p.bias_N, None, p.transposed), dtype),
         )
     elif fault == "one token too many is seen":
         attend = decode.attend_one
@@ -216,12 +218,12 @@ def sabotaged(fault, monkeypatch):
 
         monkeypatch.setattr(decode.SlotStep, "attend", attend_shifted)
     elif fault == "rotation backwards":
-        monkeypatch.setattr(decode.Step, "angles", lambda self, a: (a[0][0, :, None], a[1][0, :, None]))
+        monkeypatch.setattr(
+            decode.Step, "angles", lambda self, a: (a[0][0, :, None], a[1][0, :, None])
+        )
     else:
         monkeypatch.setattr(decode, "_add", lambda layer, half, x, z: x + z * 1.01)
-        monkeypatch.setattr(
-            decode, "_behind", lambda layer, half, x, p, z: x + 1.01 * p(z)
-        )
+        monkeypatch.setattr(decode, "_behind", lambda layer, half, x, p, z: x + 1.01 * p(z))
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,9 @@ def make_ready(model: Any) -> ReadyModel | str:
         if not reason:
             logger.info("decoding with the engine%s", ", weights merged" if copies else "")
             return ready
-        logger.info("not decoding with %s: %s", "merged weights" if copies else "the engine", reason)
+        logger.info(
+            "not decoding with %s: %s", "merged weights" if copies else "the engine", reason
+        )
     return reason
 
 

@@ -123,7 +123,9 @@ def packed_weight(weight_NK: torch.Tensor) -> torch.Tensor | None:
     asks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     if weight_NK.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return None
-    if not (hasattr(operators, "_reorder_linear_weight") and hasattr(operators, "_linear_pointwise")):
+    if not (
+        hasattr(operators, "_reorder_linear_weight") and hasattr(operators, "_linear_pointwise")
+    ):
         return None
     if weight_NK.dtype in asks and not getattr(operators, asks[weight_NK.dtype])():
         return None
