@@ -168,7 +168,7 @@ def test_several_wrong_settings_are_told_at_once():
 
 
 def test_a_stop_text_ends_an_answer_wherever_tokens_are_cut():
-    pieces = ["Hel", "lo", " wo", "r", "ld", "\nUs", "er", ":", " more"]
+    pieces = ["He", "llo", " wo", "r", "ld", "\nUs", "er", ":", " more"]
     sampling = Sampling(max_new_tokens=50, stop=("\nUser:", "zzz"))
     answer, told = scripted(pieces, sampling, pieces=True, logprobs=0)
     assert answer.text == "Hello world" == "".join(told)
@@ -188,8 +188,8 @@ def test_what_only_begins_like_a_stop_text_is_told():
 def test_a_stop_text_inside_of_a_token_cuts_it():
     answer, told = scripted(["abc", "dSTOPe"], Sampling(stop=("STOP",)), pieces=True)
     assert answer.text == "abcd" == "".join(told)
-    assert [x.token for x in scripted(["abc", "dSTOPe"], Sampling(stop=("STOP",)), logprobs=0)[0].logprobs] \
-        == ["abc", "dSTOPe"]  # fmt: skip
+    answer, _ = scripted(["abc", "dSTOPe"], Sampling(stop=("STOP",)), logprobs=0)
+    assert [item.token for item in answer.logprobs] == ["abc", "dSTOPe"]
 
 
 def test_the_first_of_two_stop_texts_counts():
@@ -257,9 +257,10 @@ def test_growing_text_keeps_a_sentencepiece_tokenizers_blanks():
 
 
 def test_likeliest_tokens_are_told_beside_each(loaded):
+    settings = {"logprobs": 3, "echo": True}
     (found,) = generate(
-        loaded.model, loaded.tokenizer, ["turn red into"], Sampling(max_new_tokens=4), logprobs=3, echo=True
-    )  # fmt: skip
+        loaded.model, loaded.tokenizer, ["turn red into"], Sampling(max_new_tokens=4), **settings
+    )
     for item in found.logprobs[1:]:
         values = [value for _, value in item.top]
         assert len(values) == 3 and values == sorted(values, reverse=True)

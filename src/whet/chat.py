@@ -90,7 +90,9 @@ def sides(loaded: Loaded, compare: bool) -> Iterator[list[Side]]:
             else:
                 made.append(Side("base", lambda: contextlib.nullcontext(model), decoder))
         decoder = make_decoder(loaded.model, loaded.tokenizer)
-        tuned = Side("tuned" if compare else "", lambda: contextlib.nullcontext(loaded.model), decoder)
+        tuned = Side(
+            "tuned" if compare else "", lambda: contextlib.nullcontext(loaded.model), decoder
+        )
         yield [*made, tuned]
 
 

@@ -48,7 +48,8 @@ def make_decoder(model: CausalLM, tokenizer: Tokenizer, engine: bool = True) -> 
         engine: Whether to try the engine, which takes a check and may take a copy of the weights.
     """
     if engine:
-        from whet.engine.decoder import Decoder, make_ready
+        from whet.engine.decoder import Decoder
+        from whet.engine.ready import make_ready
 
         ready = make_ready(model)
         if not isinstance(ready, str):

@@ -40,7 +40,9 @@ def read_prompts(file: Path) -> list[str | list[dict[str, Any]]]:
             continue
         prompt = _prompt_of(value)
         if prompt is None:
-            wrong.append(f"line {number}: neither a string nor an object with `prompt` or `messages`")
+            wrong.append(
+                f"line {number}: neither a string nor an object with `prompt` or `messages`"
+            )
         else:
             found.append(prompt)
     if wrong:

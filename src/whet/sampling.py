@@ -26,7 +26,8 @@ class Sampling:
     Args:
         max_new_tokens: Longest answer.
         temperature: 0 takes the most likely token (greedy); otherwise logits are divided by it.
-        top_p: Sample among the most likely tokens that together reach this probability (arXiv 1904.09751).
+        top_p: Sample among the most likely tokens that together reach this probability
+            (arXiv 1904.09751).
         seed: Seed of the sampling.
         top_k: Sample among that many of the most likely tokens; 0 among all.
         min_p: Sample among tokens of at least this share of the likeliest one's probability

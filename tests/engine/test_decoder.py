@@ -6,7 +6,9 @@ from torch import nn
 
 from tests.engine.families import FAMILIES, adapted, build, in_nf4
 from whet.engine import decode, decoder, product, swap
-from whet.engine.decoder import Decoder, decode_for_generate, make_ready
+from whet.engine import ready as room
+from whet.engine.decoder import Decoder
+from whet.engine.ready import decode_for_generate, make_ready
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [3], [4, 9, 22, 80]]
 FORCED = torch.randint(1, 301, (3, 9), generator=torch.Generator().manual_seed(0)).tolist()
@@ -64,7 +66,7 @@ def test_every_family_decodes_the_tokens_that_transformers_generates(name, kind)
 
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "phi4"])
 def test_without_room_for_a_copy_the_live_modules_decode(name, monkeypatch):
-    monkeypatch.setattr(decoder, "_has_room", lambda base: False)
+    monkeypatch.setattr(room, "_has_room", lambda base: False)
     model = adapted(build(name)).eval()
     ready = make_ready(model)
     assert not ready.copies and ready.head is None
@@ -235,7 +237,7 @@ def sabotaged(fault, monkeypatch):
 )  # fmt: skip
 def test_a_decoder_that_answers_otherwise_is_not_used(fault, monkeypatch):
     model = adapted(build("llama3")).eval()
-    monkeypatch.setattr(decoder, "_has_room", lambda base: True)
+    monkeypatch.setattr(room, "_has_room", lambda base: True)
     swap.attach(model)
     sabotaged(fault, monkeypatch)
     found = make_ready(model)

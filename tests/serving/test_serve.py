@@ -142,7 +142,8 @@ def test_a_completion_echoes_its_prompt_with_log_probabilities(client, loaded):
         model="tiny", prompt="turn red into", temperature=0, max_tokens=5, logprobs=2, echo=True
     )
     (own,) = generate(
-        loaded.model, loaded.tokenizer, ["turn red into"], Sampling(max_new_tokens=5), logprobs=2, echo=True
+        loaded.model, loaded.tokenizer, ["turn red into"], Sampling(max_new_tokens=5), logprobs=2,
+        echo=True,
     )  # fmt: skip
     choice = found.choices[0]
     assert choice.text == "turn red into" + own.text
@@ -201,10 +202,8 @@ def test_stop_texts_and_filters_reach_the_loop(client, loaded):
 
 
 def test_content_in_parts_and_developers_are_understood(client):
-    turns = [
-        {"role": "developer", "content": [{"type": "text", "text": "say "}, {"type": "text", "text": "it"}]},
-        {"role": "user", "content": "red"},
-    ]  # fmt: skip
+    parts = [{"type": "text", "text": "say "}, {"type": "text", "text": "it"}]
+    turns = [{"role": "developer", "content": parts}, {"role": "user", "content": "red"}]
     plain = [{"role": "system", "content": "say it"}, {"role": "user", "content": "red"}]
     answers = [
         client.chat.completions.create(model="tiny", messages=t, temperature=0, max_completion_tokens=8)
@@ -261,7 +260,9 @@ def post(url, body, **headers):
 
 
 def test_bodies_are_limited_whether_their_length_is_told_or_not(url):
-    long = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "x" * 5000}]}).encode()
+    long = json.dumps(
+        {"model": "tiny", "messages": [{"role": "user", "content": "x" * 5000}]}
+    ).encode()
     status, body = post(url, long)
     assert status == 413 and body["error"]["code"] == "body_too_large"
     status, body = post(url, iter([long[:3000], long[3000:]]))  # chunked
@@ -291,7 +292,9 @@ def test_without_the_key_nothing_is_answered(loaded):
             with openai.OpenAI(base_url=f"{url}/v1", api_key=key or "x", max_retries=0) as asks:
                 calls = [
                     lambda asks=asks: asks.models.list().data,
-                    lambda asks=asks: asks.completions.create(model="tiny", prompt="a", max_tokens=1),
+                    lambda asks=asks: asks.completions.create(
+                        model="tiny", prompt="a", max_tokens=1
+                    ),
                 ]
                 for call in calls:
                     if ok:
@@ -340,7 +343,9 @@ def test_two_hundred_at_once_are_all_answered_right(loaded):
         found = asyncio.run(ask_many(url, 200, max_tokens=6))
         assert health(url) == {"status": "ok", "running": 0, "waiting": 0}
     prompts = [f"turn {number}" for number in range(200)]
-    own = generate(loaded.model, loaded.tokenizer, prompts, Sampling(max_new_tokens=6), batch_size=16)
+    own = generate(
+        loaded.model, loaded.tokenizer, prompts, Sampling(max_new_tokens=6), batch_size=16
+    )
     assert found == [completion.text for completion in own]
 
 
@@ -348,7 +353,9 @@ def test_more_than_the_line_holds_are_told_to_come_again(loaded):
     with running(loaded, Limits(num_slots=2, num_waiting=3)) as url:
         found = asyncio.run(ask_many(url, 30, max_tokens=60))
         refused = [one for one in found if isinstance(one, openai.RateLimitError)]
-        assert 0 < len(refused) <= 25 and all(isinstance(one, (str, openai.RateLimitError)) for one in found)
+        assert 0 < len(refused) <= 25 and all(
+            isinstance(one, (str, openai.RateLimitError)) for one in found
+        )
         assert refused[0].response.headers["retry-after"] == "1"
         assert refused[0].body["code"] == "queue_full"
         assert health(url)["running"] == 0
@@ -413,7 +420,13 @@ def test_sigterm_lets_answers_end_and_takes_no_more(tiny_model):
         assert "http://127.0.0.1:" in lines[-1], lines
         url = lines[-1].split()[-1]
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as asks:
-            call = {"model": "t", "prompt": "turn red", "temperature": 1.0, "seed": 1, "max_tokens": 150}
+            call = {
+                "model": "t",
+                "prompt": "turn red",
+                "temperature": 1.0,
+                "seed": 1,
+                "max_tokens": 150,
+            }
             whole = asks.completions.create(**call).choices[0].text
             stream = iter(asks.completions.create(**call, stream=True))
             text = next(stream).choices[0].text

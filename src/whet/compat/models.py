@@ -26,7 +26,7 @@ from whet.compat.engine import (
 from whet.compat.export import Source, bind, is_quantised, source_of
 from whet.compat.load import Wish, load_both
 from whet.config import LoraSection, ModelSection
-from whet.engine.decoder import decode_for_generate
+from whet.engine.ready import decode_for_generate
 from whet.engine.swap import base_of, is_attached, report_of
 from whet.errors import InputError
 from whet.model import CausalLM, Tokenizer

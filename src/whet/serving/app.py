@@ -26,6 +26,7 @@ from whet.serving.protocol import CHAT_TOKENS, ApiError, ChatRequest, Completion
 from whet.serving.shape import ChatShape, CompletionShape, Shape
 from whet.serving.worker import Job, Worker
 
+
 @dataclass(frozen=True, slots=True)
 class Served:
     """The model behind the routes.
@@ -88,6 +89,7 @@ def make_app(served: Served, api_key: str | None, hosts: Sequence[str] = ("*",))
         hosts: Names by which the server may be called. A page in a browser that has had its own name
             point to 127.0.0.1 is none of them.
     """
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         served.worker.start()

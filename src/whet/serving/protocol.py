@@ -70,7 +70,9 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """Return the answer's body."""
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        kind = kinds.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 

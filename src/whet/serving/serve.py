@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
 def require_server() -> None:
     """Check that the packages of the server are installed.
 
