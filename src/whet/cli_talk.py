@@ -111,7 +111,7 @@ def chat(
     seed: Seed = 0,
     set_: Assignments = None,
 ) -> None:  # fmt: skip
-    """Talk to a model. /reset forgets the conversation, /system TEXT sets the system prompt."""
+    """Talk to a model; /reset, /system TEXT, /save FILE and /exit are for whet."""
     from whet.sampling import Sampling
 
     sampling = Sampling(
