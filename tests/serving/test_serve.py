@@ -323,7 +323,12 @@ def test_a_taken_port_is_told_before_a_model_is_loaded():
 
 
 async def ask_many(url, num, **settings):
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as asks:
+    async with openai.AsyncOpenAI(
+        base_url=f"{url}/v1",
+        api_key="none",
+        max_retries=0,
+        timeout=300,  # a busy machine connects late
+    ) as asks:
 
         async def one(number):
             try:
