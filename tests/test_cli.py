@@ -49,7 +49,8 @@ def trained(tiny_model, rows_file, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "init", "doctor", "data", "train", "eval", "generate", "chat", "export"]
+    "command",
+    ["", "init", "doctor", "data", "train", "eval", "generate", "chat", "serve", "export"],
 )
 def test_help_needs_no_torch(command):
     code = (
@@ -227,3 +228,40 @@ def test_doctor_finds_no_fault_here(whet):
     told = whet("doctor")
     assert told.returncode == 0 and "ok  CPU" in told.stdout, told.stdout
     assert json.loads(whet("doctor", "--json").stdout)[0]["name"] == "system"
+
+
+def test_generate_reads_files_of_prompts_and_all_samplers(whet, trained, tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('"say red"\n{"messages": [{"role": "user", "content": "say blue"}]}\n')
+    sampling = ["--temperature", 1, "--top-k", 20, "--min-p", 0.01, "--repetition-penalty", 1.1]
+    told = whet(
+        "generate", trained.path, "-p", "say four", "--prompts", file, "--max-new-tokens", 5, *sampling,
+        "--stop", "\\n", "--seed", 2, "--logprobs", "--top-logprobs", 2, "--json",
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    answers = json.loads(told.stdout)
+    assert [
+        a["prompt"].count(w) for a, w in zip(answers, ("four", "red", "blue"), strict=True)
+    ] == [1] * 3
+    assert all(len(item["top"]) == 2 for answer in answers for item in answer["logprobs"])
+    alone = whet(
+        "generate", trained.path, "-p", "say blue", "--max-new-tokens", 5, *sampling, "--stop", "\\n",
+        "--seed", 2, "--json",
+    )  # fmt: skip
+    assert json.loads(alone.stdout)[0]["text"] == answers[2]["text"]
+    assert whet("generate", trained.path).returncode == 2
+    wrong = whet("generate", trained.path, "-p", "a", "--min-p", 3, "--top-k", -1)
+    assert wrong.returncode == 2 and "min_p" in wrong.stderr and "top_k" in wrong.stderr
+
+
+def test_serve_refuses_before_it_loads(whet, trained, monkeypatch):
+    monkeypatch.delenv("WHET_API_KEY", raising=False)
+    told = whet("serve", trained.path, "--host", "0.0.0.0")
+    assert told.returncode == 2 and "WHET_API_KEY" in told.stderr
+    monkeypatch.setenv("WHET_API_KEY", " ")
+    assert "empty" in whet("serve", trained.path).stderr
+    monkeypatch.setenv("WHET_API_KEY", "k")
+    assert whet("serve", trained.path, "--slots", 0).returncode == 2
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    told = whet("serve", trained.path, "--host", "0.0.0.0")
+    assert told.returncode == 2 and "pip install 'whet[serve]'" in told.stderr

@@ -50,7 +50,7 @@ def test_exact_match_counts_equal_answers(loaded, data, monkeypatch):
     references = [example.messages[-1]["content"] for example in data.heldout_examples]
     given = [f" {text}\n" if n % 2 else f"{text}." for n, text in enumerate(references)]
     monkeypatch.setattr(
-        module, "generate", lambda *_: [Completion("", text, 1, True) for text in given]
+        module, "generate", lambda *_, **__: [Completion("", text, 1, True) for text in given]
     )
     scores, samples = evaluate(loaded.model, loaded.tokenizer, data, EvalSection(exact_match=True))
     assert scores.exact_match == (len(references) // 2) / len(references)

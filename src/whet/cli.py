@@ -22,15 +22,11 @@ from whet.cli_options import (
     Commands,
     ConfigPath,
     DataFile,
-    MaxNewTokens,
     RunOrModel,
-    Seed,
-    System,
-    Temperature,
-    TopP,
     keys,
 )
 from whet.cli_setup import setup
+from whet.cli_talk import talk_app
 from whet.config_file import (
     load_config,
     to_yaml,
@@ -55,6 +51,7 @@ app = typer.Typer(
 
 app.add_typer(setup)
 app.add_typer(data_app)
+app.add_typer(talk_app)
 
 
 @app.callback(invoke_without_command=True, epilog="Add --debug to any command for a traceback.")
@@ -185,71 +182,6 @@ def verify(
         show_verification(terminal.out, verification)
     if not verification.passed:
         raise typer.Exit(1)
-
-
-@app.command()
-def generate(
-    name: RunOrModel,
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Text; may be repeated.")],
-    system: System = None,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
-    logprobs: Annotated[
-        bool, typer.Option("--logprobs", help="Show each token's log-probability.")
-    ] = False,
-    echo: Annotated[bool, typer.Option("--echo", help="Show the prompt too.")] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")] = False,
-    as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """Answer one or more prompts."""
-    from whet.generate import Sampling
-
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    from whet.chat import opening
-    from whet.data.template import render_prompt
-    from whet.generate import generate as complete
-
-    loaded = _load(name)
-    asked = [[*opening(loaded, system), {"role": "user", "content": text}] for text in prompt]
-    texts = list(prompt) if raw else [render_prompt(loaded.tokenizer, turns) for turns in asked]
-    answers = complete(
-        loaded.model,
-        loaded.tokenizer,
-        texts,
-        sampling,
-        logprobs=logprobs,
-        echo=echo,
-    )
-    if as_json:
-        typer.echo(json.dumps([asdict(answer) for answer in answers], indent=2, ensure_ascii=False))
-        return
-    for answer in answers:
-        typer.echo((answer.prompt if echo else "") + answer.text)
-        for item in answer.logprobs:
-            value = "      -" if item.logprob is None else f"{item.logprob:7.3f}"
-            typer.echo(f"{value}  {item.token!r}")
-
-
-@app.command()
-def chat(
-    name: RunOrModel,
-    system: System = None,
-    max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
-) -> None:
-    """Talk to a model. /reset forgets the conversation, /system TEXT sets the system prompt."""
-    from whet.generate import Sampling
-
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    from whet.chat import talk
-
-    loaded = _load(name)
-    typer.echo(f"{name}. /reset, /system TEXT, /exit or Ctrl-D.", err=True)
-    talk(loaded, sampling, system)
 
 
 @app.command()

@@ -41,6 +41,21 @@ System = Annotated[
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")]
 TopP = Annotated[float, typer.Option(help="Sample within this probability mass.")]
+TopK = Annotated[int, typer.Option(help="Sample among so many of the likeliest tokens; 0: all.")]
+MinP = Annotated[
+    float,
+    typer.Option(help="Sample among tokens of this share of the likeliest one's probability."),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        help="Above 1, tokens that are there already get rarer; default: the model's own."
+    ),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="Text that ends an answer; may be repeated; \\n is a newline."),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 
 

@@ -134,7 +134,7 @@ def answer(
     # Eight more tokens than the longest reference show that a model does not stop where it should.
     sampling = Sampling(max_new_tokens=settings.max_new_tokens or longest + 8)
     prompts = [render_prompt(tokenizer, example.messages[:-1]) for example in examples]
-    completions = generate(model, tokenizer, prompts, sampling, settings.batch_size)
+    completions = generate(model, tokenizer, prompts, sampling, settings.batch_size, engine=False)
     return [
         Sample(example.where, example.messages[-2]["content"] if len(example.messages) > 1 else "",
                reference, completion.text)

@@ -1,63 +1,41 @@
-"""Generate text: a batch of prompts for evaluation, one stream for chat, log-probabilities on request.
-
-Decoding itself is transformers' own `generate`; here are the prompts, the padding, the sampling
-settings in the field's names, and what comes back.
-"""
+"""Generate text: a batch of prompts, or one answer piece by piece; log-probabilities on request."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
 
+from whet.answer import Answer, Request, TokenLogprob
 from whet.data.template import stop_token_ids
+from whet.decoding import Batch, TokenDecoder, make_decoder
 from whet.errors import InputError
 from whet.model import CausalLM, Tokenizer
+from whet.sampling import Sampling
 
-if TYPE_CHECKING:
-    import torch
+__all__ = [
+    "Completion", "Sampling", "TokenLogprob", "complete", "encode", "end_token_ids", "generate",
+    "perplexity_of", "stream", "with_model_defaults",
+]  # fmt: skip
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Args:
-        max_new_tokens: Longest answer.
-        temperature: 0 takes the most likely token (greedy); otherwise logits are divided by it.
-        top_p: Sample among the most likely tokens that together reach this probability.
-        seed: Seed of the sampling.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, ok, rule in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-        ):
-            if not ok:
-                raise InputError(f"{name} must be {rule}", getattr(self, name))
-
-    def options(self) -> dict[str, Any]:
-        """Return the arguments of transformers' `generate`."""
-        common = {"max_new_tokens": self.max_new_tokens, "use_cache": True, "top_k": None}
-        if self.temperature == 0:
-            return {**common, "do_sample": False, "temperature": None, "top_p": None}
-        return {**common, "do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token with its natural-log probability given all before it; None for the first token."""
-
-    token: str
-    logprob: float | None
+# Settings of a model's generation config that change what transformers' `generate` answers, with the
+# values that change nothing. whet says so where a model sets one.
+OTHER_SETTINGS = {
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "bad_words_ids": (None,),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "min_new_tokens": (None, 0),
+    "min_length": (None, 0),
+    "sequence_bias": (None,),
+    "num_beams": (None, 1),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +46,9 @@ class Completion:
         prompt: The text the model read, special tokens included.
         text: The answer, without special tokens.
         num_tokens: Tokens generated.
-        finished: Whether the model ended its turn itself.
+        finished: Whether the answer came to its end: the model ended its turn, or a stop text came.
         logprobs: Per token, when asked for; those of the prompt come first with `echo`.
+        stop: The stop text that ended it, if one did.
     """
 
     prompt: str
@@ -77,6 +56,7 @@ class Completion:
     num_tokens: int
     finished: bool
     logprobs: tuple[TokenLogprob, ...] = ()
+    stop: str | None = None
 
 
 def generate(
@@ -85,8 +65,9 @@ def generate(
     prompts: Sequence[str],
     sampling: Sampling,
     batch_size: int = 40,
-    logprobs: bool = False,
+    logprobs: bool | int = False,
     echo: bool = False,
+    engine: bool = True,
 ) -> list[Completion]:
     """Complete a list of prompts.
 
@@ -94,10 +75,14 @@ def generate(
         model: A causal language model.
         tokenizer: Its tokenizer.
         prompts: Texts as the model is to read them: a chat template has been applied already.
-        sampling: How tokens are chosen.
-        batch_size: Prompts decoded together, padded on the left.
-        logprobs: Also compute each answer token's log-probability (from the plain, unscaled logits).
+        sampling: How tokens are chosen. Every prompt draws from the seed anew, so that an answer does
+            not depend on the other prompts.
+        batch_size: Prompts decoded together; as one is done, the next takes its place.
+        logprobs: Also tell each answer token's log-probability (from the plain, unscaled logits); a
+            number tells so many of the likeliest tokens beside it.
         echo: With `logprobs`, also those of the prompt's tokens.
+        engine: Decode with the engine where it is proven to answer as the model; False leaves all to
+            transformers' code, and takes neither a check nor a copy of the weights.
 
     Returns:
         One completion a prompt, in the order of the prompts.
@@ -105,41 +90,48 @@ def generate(
     Raises:
         InputError: A prompt leaves no room for an answer.
     """
-    import torch
-
-    torch.manual_seed(sampling.seed)
-    encoded = [list(tokenizer(p, add_special_tokens=False)["input_ids"]) for p in prompts]
-    for ids in encoded:
-        _check_room(model, ids, sampling)
-    done: dict[int, Completion] = {}
-    # Prompts of like length together: less padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    ends = end_token_ids(model, tokenizer)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        inputs = _pad_left([encoded[i] for i in chosen], tokenizer, model)
-        with torch.inference_mode():
-            output_BT = model.generate(
-                **inputs,
-                **sampling.options(),
-                eos_token_id=ends,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        for row, index in enumerate(chosen):
-            answer = output_BT[row, inputs["input_ids"].shape[1] :].tolist()
-            stop = next((n for n, token in enumerate(answer) if token in ends), None)
-            kept = answer if stop is None else answer[: stop + 1]
-            done[index] = Completion(
-                prompts[index],
-                tokenizer.decode(kept, skip_special_tokens=True),
-                len(kept),
-                stop is not None,
-                _logprobs(model, tokenizer, encoded[index], kept, echo) if logprobs else (),
-            )
-    return [done[index] for index in range(len(prompts))]
+    encoded = [encode(model, tokenizer, prompt, sampling) for prompt in prompts]
+    sampling = with_model_defaults(model, sampling)
+    num_top = None if logprobs is False else int(logprobs) if logprobs is not True else 0
+    requests = [Request(ids, sampling, 0, num_top, echo and num_top is not None) for ids in encoded]
+    decoder = make_decoder(model, tokenizer, engine)
+    answers = complete(
+        Batch(decoder, tokenizer, end_token_ids(model, tokenizer)), requests, batch_size
+    )
+    return [_completion(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def stream(model: CausalLM, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
+def complete(batch: Batch, requests: Sequence[Request], batch_size: int) -> list[Answer]:
+    """Answer requests, so many at a time.
+
+    Args:
+        batch: An empty batch.
+        requests: Any number.
+        batch_size: Answers at work together.
+
+    Returns:
+        The answers, in the order of the requests.
+    """
+    # Prompts of like length together: less padding, where the decoder pads.
+    waiting = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
+    done: dict[int, Answer] = {}
+    while waiting or batch.answers:
+        free = batch_size - len(batch.answers)
+        # A few at once, so that they are read in one pass; at the start that is all of them.
+        if waiting and free >= min(len(waiting), max(1, batch_size // 4)):
+            chosen, waiting = waiting[:free], waiting[free:]
+            done.update(zip(chosen, batch.add([requests[i] for i in chosen]), strict=True))
+        batch.step()
+    return [done[index] for index in range(len(requests))]
+
+
+def stream(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: Sampling,
+    decoder: TokenDecoder | None = None,
+) -> Iterator[str]:
     """Yield an answer piece by piece, as it is generated.
 
     Args:
@@ -147,41 +139,51 @@ def stream(model: CausalLM, tokenizer: Tokenizer, prompt: str, sampling: Samplin
         tokenizer: Its tokenizer.
         prompt: The text the model is to go on from.
         sampling: How tokens are chosen.
+        decoder: What `make_decoder` gave for this model, for a caller with more than one prompt.
 
     Raises:
         InputError: The prompt leaves no room for an answer.
     """
-    from threading import Event, Thread
-
-    import torch
-    from transformers import StoppingCriteria, TextIteratorStreamer
-
-    class UserLeft(StoppingCriteria):
-        """Ends generation when nobody reads the stream any more."""
-
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            return torch.full((input_ids.shape[0],), left.is_set(), device=input_ids.device)
-
-    left = Event()
-    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    _check_room(model, ids, sampling)
-    torch.manual_seed(sampling.seed)
-    pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    arguments = {
-        **_pad_left([ids], tokenizer, model),
-        **sampling.options(),
-        "eos_token_id": end_token_ids(model, tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "streamer": pieces,
-        "stopping_criteria": [UserLeft()],
-    }
-    worker = Thread(target=model.generate, kwargs=arguments, daemon=True)
-    worker.start()
+    ids = encode(model, tokenizer, prompt, sampling)
+    decoder = decoder or make_decoder(model, tokenizer)
+    batch = Batch(decoder, tokenizer, end_token_ids(model, tokenizer))
+    request = Request(ids, with_model_defaults(model, sampling), pieces=True)
+    (answer,) = batch.add([request])
     try:
-        yield from pieces
+        while True:
+            piece, _ = answer.take_piece()
+            if piece:
+                yield piece
+            if answer.finish:
+                return
+            batch.step()
     finally:
-        left.set()
-        worker.join()
+        batch.cancel(answer)  # nobody reads any more
+
+
+def encode(model: CausalLM, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> list[int]:
+    """Return a prompt's token ids; its special tokens are in its text.
+
+    Args:
+        model: A causal language model, for its longest text.
+        tokenizer: Its tokenizer.
+        prompt: The text.
+        sampling: For the room of an answer.
+
+    Raises:
+        InputError: The prompt is empty, or leaves no room for an answer.
+    """
+    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not ids:
+        raise InputError("the prompt is empty", fix="give some text with -p")
+    if limit and len(ids) + sampling.max_new_tokens > limit:
+        raise InputError(
+            f"the prompt and the answer together are longer than the model can take ({limit} tokens)",
+            f"{len(ids)} + {sampling.max_new_tokens}",
+            "shorten the prompt or lower max_new_tokens",
+        )
+    return ids
 
 
 def end_token_ids(model: CausalLM, tokenizer: Tokenizer) -> list[int]:
@@ -192,60 +194,31 @@ def end_token_ids(model: CausalLM, tokenizer: Tokenizer) -> list[int]:
     return [*found, *(i for i in stop_token_ids(tokenizer) if i not in found)]
 
 
-def _check_room(model: CausalLM, ids: list[int], sampling: Sampling) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not ids:
-        raise InputError("the prompt is empty", fix="give some text with -p")
-    if limit and len(ids) + sampling.max_new_tokens > limit:
-        raise InputError(
-            f"the prompt and the answer together are longer than the model can take ({limit} tokens)",
-            f"{len(ids)} + {sampling.max_new_tokens}",
-            "shorten the prompt or lower max_new_tokens",
-        )
+def with_model_defaults(model: CausalLM, sampling: Sampling) -> Sampling:
+    """Fill in what was left to the model, and say what else its generation config asks for in vain.
+
+    Args:
+        model: A causal language model.
+        sampling: As it was asked for.
+    """
+    own = getattr(model, "generation_config", None)
+    ignored = [
+        f"{name}={value!r}"
+        for name, nothing in OTHER_SETTINGS.items()
+        if (value := getattr(own, name, None)) not in nothing
+    ]
+    if ignored:
+        logger.warning("the model's generation config is not followed in %s", ", ".join(ignored))
+    if sampling.repetition_penalty is not None:
+        return sampling
+    return replace(sampling, repetition_penalty=getattr(own, "repetition_penalty", None) or 1.0)
 
 
-def _pad_left(
-    batch: list[list[int]], tokenizer: Tokenizer, model: CausalLM
-) -> dict[str, torch.Tensor]:
-    import torch
-
-    longest = max(map(len, batch))
-    pad = tokenizer.pad_token_id or 0
-    return {
-        "input_ids": torch.tensor(
-            [[pad] * (longest - len(ids)) + ids for ids in batch], device=model.device
-        ),
-        "attention_mask": torch.tensor(
-            [[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=model.device
-        ),
-    }
-
-
-def _logprobs(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    prompt: list[int],
-    answer: list[int],
-    echo: bool,
-) -> tuple[TokenLogprob, ...]:
-    """Score a prompt and its answer in one pass over both."""
-    import torch
-
-    ids = prompt + answer
-    with torch.inference_mode():
-        logits_TV = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
-    logprob_T = logits_TV.float().log_softmax(-1)[:-1].gather(1, _column(ids[1:], model))[:, 0]
-    values: list[float | None] = [None, *logprob_T.tolist()]
-    first = 0 if echo else len(prompt)
-    return tuple(
-        TokenLogprob(tokenizer.decode([ids[n]]), values[n]) for n in range(first, len(ids))
-    )
-
-
-def _column(ids: list[int], model: CausalLM) -> torch.Tensor:
-    import torch
-
-    return torch.tensor(ids, device=model.device)[:, None]
+def _completion(prompt: str, answer: Answer) -> Completion:
+    return Completion(
+        prompt, answer.text, len(answer.tokens), answer.finish == "stop",
+        (*answer.prompt_logprobs, *answer.logprobs), answer.stop,
+    )  # fmt: skip
 
 
 def perplexity_of(logprobs: Sequence[TokenLogprob]) -> float:

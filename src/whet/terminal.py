@@ -363,3 +363,29 @@ def finding_lines(findings: Sequence[Finding]) -> list[Text]:
         if finding.fix:
             lines.append(Text(f"         -> {finding.fix}", style="dim"))
     return lines
+
+
+@contextmanager
+def answer_columns(names: Sequence[str]) -> Iterator[Callable[[dict[str, str]], None]]:
+    """Show answers side by side while they grow.
+
+    Args:
+        names: Of the columns.
+
+    Yields:
+        A function that is told each column's text so far.
+    """
+    from rich.live import Live
+
+    from whet.direction import isolated
+
+    def table(texts: dict[str, str]) -> Table:
+        made = Table(*names, box=SIMPLE, expand=True)
+        for column in made.columns:
+            column.ratio, column.overflow = 1, "fold"
+        made.add_row(*(Text(isolated(texts.get(name, ""))) for name in names))
+        return made
+
+    out = console()
+    with Live(table({}), console=out, refresh_per_second=8, vertical_overflow="visible") as live:
+        yield lambda texts: live.update(table(texts))

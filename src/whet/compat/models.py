@@ -8,6 +8,7 @@ own code. docs/compat.md says what each argument does here.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,8 @@ from whet.compat.engine import (
 )
 from whet.compat.export import Source, bind, is_quantised, source_of
 from whet.compat.load import Wish, load_both
-from whet.engine.swap import base_of, report_of
+from whet.engine.ready import decode_for_generate
+from whet.engine.swap import base_of, is_attached, report_of
 from whet.errors import InputError
 from whet.model import CausalLM, Tokenizer
 from whet.model.lora import add_adapter, decoder_layers
@@ -32,6 +34,8 @@ from whet.sections import LoraSection, ModelSection
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 
 class FastLanguageModel:
@@ -199,7 +203,12 @@ class FastLanguageModel:
 
     @staticmethod
     def for_inference(model: CausalLM, **kwargs: Any) -> CausalLM:
-        """Make a model ready to generate: eval mode, with a cache, by transformers' own code.
+        """Make a model ready to generate: eval mode, with a cache, new tokens from the engine.
+
+        `model.generate` stays transformers' own, with all it can do; what it calls for each new token is
+        whet's, with adapters merged and 4-bit weights unpacked into a copy, if that is proven to answer
+        as the model does. Else transformers' code runs, and a warning says why. `for_training` frees
+        the copy.
 
         Args:
             model: The model.
@@ -215,7 +224,12 @@ class FastLanguageModel:
         set_aside(model, True)
         if source.tokenizer is not None:
             source.tokenizer.padding_side = "left"
-        return model.eval()
+        model.eval()
+        if is_attached(model):
+            reason = decode_for_generate(model, True)
+            if reason:
+                logger.warning("new tokens come from transformers' own code: %s", reason)
+        return model
 
     @staticmethod
     def for_training(
@@ -234,6 +248,8 @@ class FastLanguageModel:
         sort_out("FastLanguageModel.for_training", kwargs, ("use_gradient_checkpointing",))
         source = source_of(model)
         set_aside(model, False)
+        if is_attached(model):
+            decode_for_generate(model, False)
         if use_gradient_checkpointing is not None:
             source.checkpointing = use_gradient_checkpointing
             checkpoint(model, report_of(model), use_gradient_checkpointing)

@@ -12,13 +12,14 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from whet.engine import trl
+from whet.engine.decode import decode_layer
 from whet.engine.finite import check_finite
 from whet.engine.head import Head, head_loss, read_head
 from whet.engine.held import HeldWeight
@@ -29,6 +30,9 @@ from whet.engine.projection import Unsupported
 from whet.engine.spec import NormSpec
 from whet.engine.unpad import Packed, pack_batch
 from whet.errors import WhetError
+
+if TYPE_CHECKING:
+    from whet.engine.decoder import ReadyModel
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +62,7 @@ class EngineState:
         unlabelled_batches: Batches in which nothing was labelled.
         top: A weak reference to the causal language model.
         paused: The original forwards run.
+        decoding: What decodes new tokens for callers of `model.generate` (decoder.py), or None.
     """
 
     head: Head | str
@@ -67,6 +72,7 @@ class EngineState:
     unlabelled_batches: int = 0
     top: Callable[[], Any] = lambda: None
     paused: bool = False
+    decoding: ReadyModel | None = None
     notes: dict[str, str] = field(default_factory=dict)
 
 
@@ -87,6 +93,9 @@ def layer_forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kw
     """Forward of a decoder layer; without packed tokens it is the original."""
     packed: Packed | None = kwargs.get("whet_packed")
     record: LayerRecord = self._whet  # type: ignore[assignment]
+    if kwargs.get("whet_decode") is not None:
+        y_TD = decode_layer(self, hidden_states[0], kwargs["whet_decode"], kwargs)
+        return (y_TD[None],) if record.returns_tuple else y_TD[None]
     if packed is None:
         return call_original(self, hidden_states, *args, **kwargs)
     try:
@@ -111,10 +120,13 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Forward of the decoder: unpads once at its entry, pads again at its exit.
 
     A caller of the engine's own hands in `whet_packed`: Packed tokens, which then stay packed, or False
-    for a call that must not be unpadded.
+    for a call that must not be unpadded; or `whet_decode`, a Step of decode.py.
     """
     state: EngineState = self._whet  # type: ignore[assignment]
     kwargs = named(self, args, kwargs)
+    if kwargs.get("whet_decode") is not None:
+        with packed_attention(self):
+            return call_original(self, **kwargs)
     given = kwargs.pop("whet_packed", None)
     packed = pack(self, state, kwargs) if given is None else given
     if not packed:
@@ -154,7 +166,9 @@ def causal_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(given.as_batch())
     labels, shift_labels = kwargs.get("labels"), kwargs.get("shift_labels")
     if labels is None and shift_labels is None:
-        return call_original(self, **kwargs)
+        ready = state.decoding
+        answer = None if ready is None else ready.answer_cached(kwargs)
+        return call_original(self, **kwargs) if answer is None else answer
     batch = None
     if isinstance(state.head, Head) and (not fused_lm_head or trl.can_answer(self, state.head)):
         batch = _labelled_batch(self, state, kwargs)
