@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +36,13 @@ class TensorInfo:
         shape: Its shape.
         dtype: Its type in the file; a merged one is float32 when read.
         file: The checkpoint's file it is in, or None for one of the adapter's own.
+        key: Its name there, when it is another one's copy.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path | None
+    key: str | None = None
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Weights:
             return tuner.detach()
         info = self.infos[name]
         assert info.file is not None
-        value = _read(info.file, name)
+        value = _read(info.file, info.key or name)
         if name in self.rounded:
             assert self.dtype is not None
             value = nf4_rounded(value, self.dtype)
@@ -152,9 +154,7 @@ def checkpoint_folder(model: ModelSection) -> Path:
 
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json"]
     try:
-        return Path(
-            snapshot_download(source, revision=model.revision, allow_patterns=patterns)
-        )
+        return Path(snapshot_download(source, revision=model.revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise InputError(
             f"the weights of '{model.name}' could not be read: {str(error).splitlines()[0]}"
@@ -253,9 +253,7 @@ def _quantised_names(skeleton: Any) -> list[str]:
     ]
 
 
-def _plan_merges(
-    weights: Weights, skeleton: Any, adapter: Path, names: dict[str, str]
-) -> None:
+def _plan_merges(weights: Weights, skeleton: Any, adapter: Path, names: dict[str, str]) -> None:
     """Note for each tensor what of the adapter goes into it.
 
     The model and peft's layers stand on the meta device; only the adapter's own tensors are real.
@@ -264,7 +262,7 @@ def _plan_merges(
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    tied = bool(getattr(weights.config.get_text_config(), "tie_word_embeddings", False))
+    head, embedding = _tied_head(weights, skeleton, names)
     model = PeftModel.from_pretrained(
         skeleton, str(adapter), low_cpu_mem_usage=True, torch_device="cpu"
     )
@@ -273,13 +271,20 @@ def _plan_merges(
     for path, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             for name, value in module.modules_to_save[module.active_adapters[0]].named_parameters():
-                _note(weights, names, f"{path}.{name}", value, tied)
+                _note(weights, names, f"{path}.{name}", value)
         elif isinstance(module, BaseTunerLayer):
             if not hasattr(module, "merge") or not hasattr(module.get_base_layer(), "weight"):
                 raise NotStreamable(f"{path} holds an adapter that is not beside one matrix")
-            _note(weights, names, f"{path}.weight", module, tied)
+            _note(weights, names, f"{path}.weight", module)
     for path, value in trained.items():
         weights.merges[names[path]] = value
+    if not head:
+        return
+    if weights.merges.keys() & {head, embedding}:
+        weights.config.tie_word_embeddings = False
+        weights.config.get_text_config().tie_word_embeddings = False
+    else:
+        del weights.infos[head]
 
 
 def _fill_adapter(model: Any, adapter: Path) -> dict[str, torch.Tensor]:
@@ -307,11 +312,30 @@ def _fill_adapter(model: Any, adapter: Path) -> dict[str, torch.Tensor]:
     return biases
 
 
-def _note(weights: Weights, names: dict[str, str], name: str, source: Any, tied: bool) -> None:
-    if name in names:
-        weights.merges[names[name]] = source
-    elif not (tied and name.endswith("lm_head.weight")):
+def _tied_head(weights: Weights, skeleton: Any, names: dict[str, str]) -> tuple[str, str]:
+    """Give a head that is its model's embedding a name of its own, as the embedding's copy.
+
+    An adapter on one of the two parts them: the other stays what it was.
+
+    Returns:
+        The head's and the embedding's name in the checkpoint; two empty ones when they are not tied.
+    """
+    tied = getattr(weights.config.get_text_config(), "tie_word_embeddings", False)
+    parameters = {id(m): path for path, m in skeleton.named_modules()}
+    path = parameters.get(id(skeleton.get_output_embeddings()))
+    source = f"{parameters.get(id(skeleton.get_input_embeddings()))}.weight"
+    if not tied or path is None or f"{path}.weight" in weights.infos or source not in names:
+        return "", ""
+    head = f"{path}.weight"
+    weights.infos[head] = replace(weights.infos[names[source]], key=names[source])
+    names[head] = head
+    return head, names[source]
+
+
+def _note(weights: Weights, names: dict[str, str], name: str, source: Any) -> None:
+    if name not in names:
         raise NotStreamable(f"{name} is not one tensor of the checkpoint")
+    weights.merges[names[name]] = source
 
 
 def _merged(tuner: Any, value: torch.Tensor) -> torch.Tensor:
