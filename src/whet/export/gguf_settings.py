@@ -159,8 +159,9 @@ def _latent(settings: Settings, config: Any) -> None:
     """DeepSeek's attention over a latent, which llama.cpp runs with one key/value head."""
     values = settings.values
     values["attention.head_count_kv"] = 1
-    if config.q_lora_rank:
-        values["attention.q_lora_rank"] = config.q_lora_rank
+    if not config.q_lora_rank:
+        raise InputError("llama.cpp's deepseek2 needs a q_lora_rank", fix="use --to merged")
+    values["attention.q_lora_rank"] = config.q_lora_rank
     values["attention.kv_lora_rank"] = config.kv_lora_rank
     values["attention.key_length"] = config.kv_lora_rank + config.qk_rope_head_dim
     values["attention.value_length"] = config.kv_lora_rank
@@ -187,10 +188,16 @@ def _gemma_settings(settings: Settings, config: Any) -> None:
             values[key] = float(getattr(config, name))
     values["attention.sliding_window"] = config.sliding_window
     local = [kind == "sliding_attention" for kind in config.layer_types]
-    period = 2 if config.model_type == "gemma2" else 6
-    if local != [number % period < period - 1 for number in range(len(local))]:
-        # What llama.cpp assumes otherwise; older versions know that one alone.
-        values["attention.sliding_window_pattern"] = local
+    period = next(
+        (p for p in range(1, len(local) + 2) if local == [n % p < p - 1 for n in range(len(local))]),
+        None,
+    )
+    if period is None:
+        raise InputError(
+            "llama.cpp knows Gemma's windows as 'every n-th layer has none'",
+            str(config.layer_types), "use --to merged",
+        )  # fmt: skip
+    values["attention.sliding_window_pattern"] = period
 
 
 def _rope(settings: Settings, config: Any) -> None:
