@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-
 from tests.engine.families import FAMILIES, build
+
 from whet.config import ModelSection
 from whet.errors import InputError, WhetError
 from whet.export.exports import vocabulary_of, write_files
@@ -102,7 +102,9 @@ def test_a_family_without_a_layout_is_refused(folder_of, tokenizer, tmp_path):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 301}
-    GPTNeoXForCausalLM(GPTNeoXConfig(intermediate_size=32, **size)).save_pretrained(tmp_path / "neox")
+    GPTNeoXForCausalLM(GPTNeoXConfig(intermediate_size=32, **size)).save_pretrained(
+        tmp_path / "neox"
+    )
     with pytest.raises(InputError, match="gpt_neox.*use --to merged"):
         write_files(weights_of(tmp_path / "neox"), tokenizer, tmp_path, "tiny", ["f32"])
 

@@ -1,8 +1,8 @@
 """llama.cpp cuts texts into the tokens that the tokenizer gives."""
 
 import pytest
-
 from tests.export.tokenizers_made import byte_level, pieces
+
 from whet.errors import InputError
 from whet.export.gguf_tokenizer import _tokenize_with, prove, read_vocabulary
 from whet.export.strings import NUM_STRINGS, sample_strings
@@ -48,7 +48,9 @@ def test_sentencepiece_tokens_are_equal(first_blank):
 def test_there_are_two_hundred_strings_of_many_scripts():
     strings = sample_strings(byte_level("gpt-2"))
     assert len(set(strings)) == len(strings) == NUM_STRINGS
-    assert any("مرحبا" in text for text in strings) and any("<|im_end|>" in text for text in strings)
+    assert any("مرحبا" in text for text in strings) and any(
+        "<|im_end|>" in text for text in strings
+    )
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused():

@@ -38,7 +38,11 @@ def pieces(first_blank: bool) -> PreTrainedTokenizerFast:
     ])  # fmt: skip
     core.add_special_tokens([AddedToken("<turn>", normalized=False, special=True)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
     )
 
 

@@ -21,6 +21,8 @@ from whet.model.load import choose_dtype, load_tokenizer
 from whet.runs import RunFolder, make_folder, write_text
 
 if TYPE_CHECKING:
+    import torch
+
     from whet.export.tensors import Weights
     from whet.model import Tokenizer
 
@@ -56,7 +58,6 @@ def export_hf(
     Returns:
         What was compared.
     """
-    tokenizer = load_tokenizer(run.config.model, run.weights_dir)
     tell(f"writing {folder}")
     if to == "merged":
         kind = export_merged(run, folder, dtype, base, bits)
@@ -64,15 +65,40 @@ def export_hf(
         export_adapter(run, folder)
         kind, _ = choose_dtype(run.config.model.dtype, full=False)
     if not checked:
+        write_text(folder / "README.md", model_card(run, to, (), usage_of(to, folder)))
         return []
     tell("loading it again, and comparing it with the live model")
-    live = _live(run, tokenizer, base)
+    gate = check_folder(run, folder, to, kind, bits, base)
+    store(run, folder, to, [gate], usage_of(to, folder))
+    return [gate]
+
+
+def check_folder(
+    run: RunFolder,
+    folder: Path,
+    to: str,
+    dtype: torch.dtype,
+    bits: int | None = None,
+    base: str = "original",
+    live: Live | None = None,
+) -> Gate:
+    """Load a Hugging Face folder with plain libraries, and compare it with the live model.
+
+    Args:
+        run: The run it came from.
+        folder: The export.
+        to: `merged` or `adapter`.
+        dtype: Type of its weights, or of the products with 4-bit ones.
+        bits: 4 when its weights are in NF4.
+        base: What a QLoRA run was merged into.
+        live: The live model's side, when it is known already.
+    """
+    tokenizer = load_tokenizer(run.config.model, run.weights_dir)
+    live = live or _live(run, tokenizer, base)
     section = run.config.model.model_copy(update={"load_in_4bit": False})
-    program = TransformersModel(folder, kind, section if to == "adapter" else None)
-    name = "nf4" if bits else _NAMES[str(kind).removeprefix("torch.")]
-    found = [check(live, program, folder.name, name, stops=to == "merged")[0]]
-    store(run, folder, to, found, usage_of(to, folder))
-    return found
+    program = TransformersModel(folder, dtype, section if to == "adapter" else None)
+    name = "nf4" if bits else _NAMES[str(dtype).removeprefix("torch.")]
+    return check(live, program, folder.name, name, stops=to == "merged")[0]
 
 
 def _live(run: RunFolder, tokenizer: Tokenizer, base: str) -> Live:

@@ -189,7 +189,11 @@ def _gemma_settings(settings: Settings, config: Any) -> None:
     values["attention.sliding_window"] = config.sliding_window
     local = [kind == "sliding_attention" for kind in config.layer_types]
     period = next(
-        (p for p in range(1, len(local) + 2) if local == [n % p < p - 1 for n in range(len(local))]),
+        (
+            p
+            for p in range(1, len(local) + 2)
+            if local == [n % p < p - 1 for n in range(len(local))]
+        ),
         None,
     )
     if period is None:

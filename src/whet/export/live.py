@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from whet.data.formats import Example
 from whet.data.prepare import examples_of
 from whet.data.template import render, render_prompt
+from whet.engine.projection import keep_4bit_weights
 from whet.errors import InputError
 from whet.export.strings import sample_strings
 from whet.generate import end_token_ids
@@ -247,6 +248,7 @@ class TransformersModel:
             model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
             if not getattr(model, "is_quantized", False):
                 model.to(device())
+            keep_4bit_weights(model)
         self.model = model.eval()
 
     @property
