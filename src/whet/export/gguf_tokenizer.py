@@ -137,7 +137,7 @@ def read_vocabulary(tokenizer: Tokenizer, num_rows: int) -> Vocabulary:
     if (unknown := model.get("unk_token")) in model["vocab"]:
         kinds[model["vocab"][unknown]] = UNKNOWN
     return Vocabulary(
-        "llama", kinds=tuple(kinds), scores=_scores(model["vocab"], model["merges"], num_rows),
+        "llama", kinds=tuple(kinds), scores=piece_scores(model["vocab"], model["merges"], num_rows),
         add_space=_adds_space(described), **common,
     )  # fmt: skip
 
@@ -146,13 +146,25 @@ def _is_byte(text: str) -> bool:
     return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
-def _scores(vocab: dict[str, int], merges: list[Any], num_rows: int) -> tuple[float, ...]:
-    """Give each piece the negative rank of the merge that makes it, as SentencePiece does."""
-    scores = [-float(len(merges) + 1)] * num_rows
-    for rank, merge in reversed(list(enumerate(merges))):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        if (token := vocab.get(left + right)) is not None:
-            scores[token] = -float(rank)
+def piece_scores(vocab: dict[str, int], merges: list[Any], num_rows: int) -> tuple[float, ...]:
+    """Return SentencePiece's scores: pieces made first have the highest, 0, -1, -2, ...
+
+    Args:
+        vocab: Ids by piece.
+        merges: Pairs of pieces, in the order they are joined in.
+        num_rows: How many scores; special tokens and bytes have 0.
+    """
+    scores = [0.0] * num_rows
+    joined = [m.replace(" ", "", 1) if isinstance(m, str) else "".join(m) for m in merges]
+    ranked = [text for text in dict.fromkeys(joined) if text in vocab]
+    made = set(ranked)
+    special = {"<unk>", "<s>", "</s>"}
+    ranked += [
+        text for text in sorted(vocab, key=lambda text: vocab[text])
+        if text not in made and text not in special and not _is_byte(text)
+    ]  # fmt: skip
+    for rank, text in enumerate(ranked):
+        scores[vocab[text]] = -float(rank)
     return tuple(scores)
 
 
