@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from whet.export import gguf
 from whet.export.card import base_licence, model_card
 from whet.export.check import Gate, check, mean_divergence, perplexity
+from whet.export.gguf_compare import compare_tensors
 from whet.export.gguf_settings import HALF_PRECISION_ACTIVATIONS
 from whet.export.gguf_tokenizer import Vocabulary, prove, read_vocabulary
 from whet.export.live import Live, TransformersModel, live_of
@@ -174,14 +175,13 @@ def export_gguf(
             keep_reference=checked,
             tell=tell,
         )
-        half = weights.config.model_type in HALF_PRECISION_ACTIVATIONS
         try:
             if not checked:
                 store(run, folder, "gguf", [], usage_of("gguf", files[0]))
                 return files, []
             tell("loading them again in llama.cpp, and comparing them with the live model")
             live = live_of(run, tokenizer, weights if base == "dequantised" else None)
-            gates = check_files(live, files, kinds, scratch, half)
+            gates = check_files(live, weights, files, kinds, scratch)
         finally:
             if scratch is not None:
                 scratch.unlink(missing_ok=True)
@@ -258,20 +258,22 @@ def vocabulary_of(weights: Weights, tokenizer: Tokenizer) -> Vocabulary:
 
 def check_files(
     live: Live,
+    weights: Weights,
     files: Sequence[Path],
     kinds: Sequence[str],
     scratch: Path | None = None,
-    half_precision_activations: bool = False,
 ) -> list[Gate]:
     """Compare GGUF files with the live model; those in few bits with the 16-bit file.
 
     Args:
         live: The live model's side.
+        weights: Its weights.
         files: The files.
         kinds: Their types.
         scratch: The 16-bit file when it is none of them.
-        half_precision_activations: As in `check.check`.
     """
+    tensors = dict(zip(kinds, compare_tensors(weights, files, kinds), strict=True))
+    half = weights.config.model_type in HALF_PRECISION_ACTIVATIONS
     pairs = dict(zip(kinds, files, strict=True))
     reference = None
     if scratch is not None:
@@ -281,9 +283,9 @@ def check_files(
     # Those in 16 bit first: the others are compared with them.
     for kind in sorted(pairs, key=lambda k: (k not in ("f16", "bf16", "f32"), k != "f16")):
         with GGUFModel(pairs[kind]) as model:
-            gates[kind], logits = check(
-                live, model, pairs[kind].name, kind, reference, half_precision_activations
-            )  # fmt: skip
+            gate, logits = check(live, model, pairs[kind].name, kind, reference, half)
+        gate.findings.insert(0, tensors[kind])
+        gates[kind] = gate
         if reference is None and kind in ("f16", "bf16", "f32"):
             reference = logits
     return [gates[kind] for kind in kinds]
