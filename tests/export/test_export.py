@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from whet.config import ModelSection
 from whet.config_file import load_config
 from whet.errors import InputError
 from whet.export.exports import check_folder, compare_bases, export_hf
 from whet.export.live import live_of
 from whet.export.weights import export_adapter, export_merged
-from whet.model.load import load_tokenizer
+from whet.model.load import load_model, load_tokenizer
 from whet.train.recipe import LogListener, fit
 from whet.trained import load_trained
 
@@ -165,6 +166,35 @@ def test_a_qlora_run_can_be_merged_into_what_it_was_trained_on(trained, tmp_path
     assert found["kl"] > 0
     assert found["perplexity_original"] == pytest.approx(other.scores["perplexity"], rel=1e-4)
     assert found["perplexity_dequantised"] == pytest.approx(gate.scores["perplexity"], rel=1e-4)
+
+
+def test_the_folder_has_what_vllm_reads(trained, tmp_path):
+    export_merged(trained, tmp_path / "out", "bfloat16", shard_bytes=100_000)
+    found = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+            "chat_template.jinja", "model.safetensors.index.json"} <= found  # fmt: skip
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["dtype"] == "bfloat16"
+    assert "quantization_config" not in config
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = {name for name in found if name.endswith(".safetensors")}
+    assert set(index["weight_map"].values()) == files and len(files) > 2
+    held = {name for file in files for name in load_file(tmp_path / "out" / file)}
+    assert held == set(index["weight_map"])
+
+
+def test_a_base_published_in_4_bit_is_merged_whole(tiny_model, config, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    section = ModelSection(name=str(tiny_model), load_in_4bit=True)
+    load_model(section, torch.float32).save_pretrained(tmp_path / "nf4")
+    load_tokenizer(section).save_pretrained(tmp_path / "nf4")
+    more = [f"model.name={tmp_path / 'nf4'}", "model.load_in_4bit=true", "train.max_steps=2"]
+    run = fit(load_config(config, more), listener=LogListener())
+    export_merged(run, tmp_path / "out", "float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    live = logits(load_trained(str(run.path)).model)
+    assert (logits(merged) - live).abs().max() <= 1e-4 * live.abs().max()
 
 
 def test_a_run_on_the_original_weights_has_no_dequantised_base(trained, tmp_path):

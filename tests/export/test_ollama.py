@@ -71,7 +71,7 @@ def test_a_template_that_counts_its_turns_is_not_written_as_one(with_bos):
     [
         ("PARAMETER stop x\n", "needs one FROM"),
         ("FROM a\nFORM b\n", "no instruction 'FORM'"),
-        ("FROM a\nPARAMETER stopp x\n", "no parameter 'stopp'"),
+        ("FROM a\nPARAMETER halt x\n", "no parameter 'halt'"),
         ("FROM a\nPARAMETER num_ctx lots\n", "num_ctx is not a value"),
         ('FROM a\nPARAMETER num_ctx "5"\n', "num_ctx is not of its type"),
         ('FROM a\nTEMPLATE """abc\nd e\n', "no instruction 'd'"),

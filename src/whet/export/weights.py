@@ -201,11 +201,26 @@ def write_merged(
         index = {"metadata": {"total_size": total}, "weight_map": where}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     weights.config.dtype = dtype
+    if not weights.config.architectures:  # what vLLM finds the model's class by
+        weights.config.architectures = [architecture_of(weights.config)]
     weights.config.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     _write_generation_config(weights.config, tokenizer, folder, source)
     for code in source.glob("*.py") if source else ():
         shutil.copy(code, folder)
+
+
+def architecture_of(config: Any) -> str:
+    """Return the name of the class that a model of this config is.
+
+    Args:
+        config: A transformers config of a causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return type(AutoModelForCausalLM.from_config(config)).__name__
 
 
 def _type_of(weights: Weights, name: str, dtype: torch.dtype) -> torch.dtype:

@@ -72,7 +72,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
             f"'{path}' is a llama2.c checkpoint of version {values[1]}",
             fix="export it as version 0",
         )
-    config = dict(zip(_FIELDS, values, strict=True))
+    config: dict[str, Any] = dict(zip(_FIELDS, values, strict=True))
     config["tied"], config["vocab_size"] = values[5] > 0, abs(values[5])
     sound = min(*values[:5], abs(values[5]), values[6]) > 0 and not (
         values[0] % values[3] or values[3] % values[4]
