@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from tests.engine.families import FAMILIES, build
+from tests.engine.families import FAMILIES, SMALL, build
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from whet.config import ModelSection
 from whet.errors import InputError, WhetError
@@ -32,7 +33,17 @@ MORE = {
     "gemma3_local_last": ("gemma3", {"num_hidden_layers": 3, "layer_types": [
         "sliding_attention", "full_attention", "sliding_attention"]}),
 }  # fmt: skip
-CASES = {**{name: (name, CHANGED.get(name, {})) for name in FAMILIES}, **MORE}
+# Relatives of the families that the engine's tests have.
+RELATIVES = {
+    "gemma": {"head_dim": 16},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                  "shared_expert_intermediate_size": 48, "norm_topk_prob": False},
+}  # fmt: skip
+CASES = {
+    **{name: (name, {}) for name in RELATIVES},
+    **{name: (name, CHANGED.get(name, {})) for name in FAMILIES},
+    **MORE,
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +52,7 @@ def folder_of(tmp_path_factory, tokenizer):
 
     def make(name, **more):
         size = {"vocab_size": len(tokenizer)}
-        model = build(name, **{**size, **more}).eval()
+        model = (relative if name in RELATIVES else build)(name, **{**size, **more}).eval()
         folder = tmp_path_factory.mktemp(name)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -59,6 +70,17 @@ REFUSED = {
     "dynamic": ("llama2", {"rope_parameters": {
         "rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}, "dynamic"),
 }  # fmt: skip
+
+
+def relative(name, **more):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(name, **{**SMALL, **RELATIVES[name], **more})
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
 
 
 def rows(width):
