@@ -214,7 +214,7 @@ def test_chat_answers_each_line(whet, trained):
 def test_export_writes_checks_and_keeps_what_is_not_its_own(whet, trained, tmp_path):
     told = whet("export", trained.path, "--out", tmp_path / "m", "--dtype", "bfloat16")
     assert told.returncode == 0, told.stderr
-    assert "passed; AutoModelForCausalLM" in told.stdout
+    assert "200 of 200 strings equal" in told.stdout and "FAIL" not in told.stdout
     assert whet("export", trained.path, "--out", tmp_path / "m").returncode == 0  # again, over it
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -222,6 +222,24 @@ def test_export_writes_checks_and_keeps_what_is_not_its_own(whet, trained, tmp_p
     told = whet("export", trained.path, "--to", "adapter", "--out", mine)
     assert told.returncode == 2 and "holds something else" in told.stderr
     assert [p.name for p in mine.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--to", "gguf", "--dtype", "float16"], "--dtype is for --to merged"),
+        (["--to", "merged", "--quant", "f16"], "--quant is for --to gguf and ollama"),
+        (["--to", "gguf", "--quant", "q4_k_n"], "did you mean 'q4_k_m'"),
+        (["--bits", "3"], "--bits 4 is for --to merged"),
+        (["--to", "adapter", "--base", "dequantised"], "an adapter is written as it was trained"),
+        (["--base", "dequantised"], "leave --base out"),
+        (["--to", "llama2c"], "llama2.c has no place for this model"),
+    ],
+)
+def test_an_export_that_cannot_be_is_told(arguments, words, whet, trained, tmp_path):
+    told = whet("export", trained.path, "--out", tmp_path / "m", *arguments)
+    assert told.returncode == 2 and words in told.stderr
+    assert not list(tmp_path.glob("m/*"))
 
 
 def test_doctor_finds_no_fault_here(whet):

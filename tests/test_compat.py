@@ -311,9 +311,8 @@ def test_wrong_ways_to_save_are_told(tiny_model, tmp_path):
         model.save_pretrained_merged(tmp_path / "x", tokenizer, save_method="merged_2bit")
     with pytest.raises(InputError, match="needs a model with an adapter"):
         model.save_pretrained_merged(tmp_path / "x", tokenizer, save_method="lora")
-    for method in (model.save_pretrained_gguf, model.push_to_hub_gguf):
-        with pytest.raises(InputError, match="convert_hf_to_gguf"):
-            method("x", tokenizer, quantization_method="q4_k_m")
+    with pytest.raises(InputError, match="did you mean 'q4_k_m'"):
+        model.save_pretrained_gguf(tmp_path / "x", tokenizer, quantization_method="q4_km")
     with pytest.warns(UserWarning, match="safe_serialization"):
         model.save_pretrained_merged(tmp_path / "x", safe_serialization=None)
 
@@ -345,6 +344,52 @@ def test_pushing_uploads_the_merged_folder(tiny_model):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(api.files)
     assert api.sent[1]["commit_message"] == "hello"
     assert upload.__doc__
+
+
+GGUF_METHODS = [
+    ("not_quantized", ["bf16"]), ("fast_quantized", ["q8_0"]), (["f16", "Q5_0"], ["f16", "q5_0"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "kinds"), GGUF_METHODS, ids=str)
+def test_gguf_files_are_written_and_are_the_model(method, kinds, tiny_model, tmp_path):
+    pytest.importorskip("cyllama")
+    from whet.export.llama_cpp import GGUFModel
+
+    model, tokenizer = load(tiny_model)
+    model = moved(adapt(model))
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    files = model.save_pretrained_gguf(tmp_path / "m", tokenizer, quantization_method=method)
+    assert files == [str(tmp_path / "m" / f"m-{kind}.gguf") for kind in kinds]
+    assert {p.name for p in (tmp_path / "m").iterdir()} == {
+        "notes.txt", *(f"m-{kind}.gguf" for kind in kinds)
+    }  # fmt: skip
+    truth = logits(model)[0].numpy()
+    with GGUFModel(files[0]) as exported:
+        (found,) = exported.logits([[5, 6, 7, 8, 9]])
+    assert 0 < abs(found - truth).max() < 0.1 * abs(truth).max()
+
+
+def test_gguf_files_that_are_not_the_model_are_not_left(tiny_model, tmp_path, monkeypatch):
+    pytest.importorskip("cyllama")
+    from whet.errors import WhetError
+    from whet.export import gguf_layout
+
+    monkeypatch.setattr(gguf_layout, "_interleave", lambda heads: lambda value: value)
+    model, tokenizer = load(tiny_model)
+    with pytest.raises(WhetError, match="logits: the weights are not those that were trained"):
+        model.save_pretrained_gguf(tmp_path / "m", tokenizer, quantization_method="f16")
+    assert not (tmp_path / "m").exists()
+
+
+def test_pushing_uploads_the_gguf_files(tiny_model):
+    pytest.importorskip("cyllama")
+    model, tokenizer = load(tiny_model)
+    api = StandIn()
+    where = model.push_to_hub_gguf("me/it", tokenizer, "f16", private=True, api=api)
+    assert where == "https://hub/me/it" and api.files == ["it-f16.gguf"]
+    assert api.sent[1]["commit_message"] == "Upload model trained with whet"
 
 
 def test_a_second_model_and_every_class_stay_as_they_were(tiny_model):

@@ -10,7 +10,7 @@ from whet.chat import opening
 from whet.config_file import load_config
 from whet.data.template import render_prompt
 from whet.evaluate import compare
-from whet.export.check import check_export
+from whet.export.exports import check_folder, export_gguf
 from whet.export.weights import export_adapter, export_merged
 from whet.generate import Sampling, generate
 from whet.model.load import load_tokenizer
@@ -52,7 +52,7 @@ def test_the_exports_load_in_plain_libraries_with_the_live_logits(run, tmp_path)
     tokenizer = load_tokenizer(run.config.model, run.weights_dir)
     export_adapter(run, tmp_path / "adapter")
     dtype = export_merged(run, tmp_path / "merged", "bfloat16")
-    assert check_export(run, tmp_path / "merged", "merged", dtype, tokenizer).passed
+    assert check_folder(run, tmp_path / "merged", "merged", dtype).passed
 
     row = json.loads(Path(run.config.data.heldout).read_text().splitlines()[0])
     ids = tokenizer.apply_chat_template(row["messages"], return_tensors="pt")["input_ids"]
@@ -72,6 +72,15 @@ def test_the_exports_load_in_plain_libraries_with_the_live_logits(run, tmp_path)
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits.float()
         bound = 2 * (live.model.to(dtype)(ids).logits.float() - truth).abs().max()
         assert (merged - truth).abs().max() <= bound + 1e-4 * truth.abs().max()
+
+
+def test_the_gguf_files_pass_their_gate(run, tmp_path):
+    pytest.importorskip("cyllama")
+    files, gates = export_gguf(run, tmp_path / "gguf", ["f16", "q8_0", "q4_k_m"])
+    assert [gate.causes for gate in gates] == [[], [], []]
+    # Fewer bits, a smaller file, and predictions that have moved further.
+    assert files[0].stat().st_size > files[1].stat().st_size > files[2].stat().st_size
+    assert gates[0].scores["kl"] < gates[1].scores["kl"] < gates[2].scores["kl"]
 
 
 def test_generate_answers_as_the_evaluation_did(run):

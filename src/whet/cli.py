@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from whet import __version__
 from whet.cli_data import data_app
+from whet.cli_export import export_app
 from whet.cli_options import (
     AsJson,
     Assignments,
@@ -32,7 +32,7 @@ from whet.config_file import (
     to_yaml,
 )
 from whet.data.sources import require_sources
-from whet.errors import InputError, WhetError
+from whet.errors import WhetError
 from whet.sections import DataSection
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ app = typer.Typer(
 app.add_typer(setup)
 app.add_typer(data_app)
 app.add_typer(talk_app)
+app.add_typer(export_app)
 
 
 @app.callback(invoke_without_command=True, epilog="Add --debug to any command for a traceback.")
@@ -182,59 +183,6 @@ def verify(
         show_verification(terminal.out, verification)
     if not verification.passed:
         raise typer.Exit(1)
-
-
-@app.command()
-def export(
-    name: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")],
-    to: Annotated[Literal["merged", "adapter"], typer.Option(help="What to write.")] = "merged",
-    out: Annotated[Path | None, typer.Option(help="Folder; default: RUN/export/KIND.")] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Type of merged weights; default: what the run computed in."),
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Load the export again and compare it.")
-    ] = True,
-) -> None:
-    """Write the tuned model for other programs, load it again and compare it with the live one."""
-    from whet.runs import RunFolder
-
-    run = RunFolder.open(name)
-    folder = out or run.path / "export" / to
-    if to == "adapter" and dtype is not None:
-        raise InputError("--dtype is for --to merged: an adapter is written as it was trained")
-    if (
-        folder.exists()
-        and (not folder.is_dir() or not (folder / "README.md").is_file())
-        and (not folder.is_dir() or any(folder.iterdir()))
-    ):
-        raise InputError(f"'{folder}' holds something else", fix="choose another folder with --out")
-    _quiet_libraries()
-    from whet.export.check import check_export
-    from whet.export.weights import export_adapter, export_merged
-    from whet.model.load import choose_dtype, load_tokenizer
-
-    config = run.config
-    if to == "merged":
-        kind = export_merged(run, folder, dtype)
-    else:
-        export_adapter(run, folder)
-        kind, _ = choose_dtype(config.model.dtype, full=False)
-    typer.echo(f"wrote {folder}")
-    if not check:
-        return
-    tokenizer = load_tokenizer(config.model, run.weights_dir)
-    result = check_export(run, folder, to, kind, tokenizer)
-    typer.echo(
-        f"loaded it again: logits of {result.rows} texts differ by at most "
-        f"{result.max_error:.2e} (bound {result.bound:.2e}); tokenizer and template "
-        f"{'equal' if result.same_tokens else 'DIFFER'}"
-    )
-    if not result.passed:
-        raise WhetError(f"the export in '{folder}' is not the model that was trained")
-    what = "AutoModelForCausalLM" if to == "merged" else "PeftModel"
-    typer.echo(f"passed; {what}.from_pretrained loads it")
 
 
 def _load(name: str, assignments: list[str] | None = None) -> Loaded:

@@ -66,3 +66,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return close[0] if close else None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, for a sentence of ours.
+
+    Args:
+        error: What was raised.
+    """
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]

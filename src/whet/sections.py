@@ -36,8 +36,8 @@ class ModelSection(Section):
     """The model to start from."""
 
     name: str = "smollm2-135m"
-    """Hub id, local Hugging Face folder, `.gguf` file, or the short name `smollm2-135m`. With
-    `init: random` a folder with a config.json and a tokenizer is enough."""
+    """Hub id, local Hugging Face folder, `.gguf` file, llama2.c `.bin`, or the short name
+    `smollm2-135m`. With `init: random` a folder with a config.json and a tokenizer is enough."""
     init: Literal["pretrained", "random"] = "pretrained"
     """Weights to start from: the model's own, or random ones as its config.json describes them, drawn
     with `train.seed` (training from scratch; needs `train.parameters: full`)."""

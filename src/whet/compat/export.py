@@ -22,6 +22,7 @@ from typing import Any
 from whet.compat.arguments import sort_out
 from whet.engine.swap import base_of, detach
 from whet.errors import InputError
+from whet.export.hub import upload
 from whet.export.weights import write_model
 from whet.model import CausalLM, Tokenizer
 from whet.model.load import forget_quantization, load_model
@@ -67,6 +68,8 @@ def bind(model: CausalLM) -> None:
     Args:
         model: A transformers model, or a peft model around one.
     """
+    from whet.compat.gguf import push_to_hub_gguf, save_pretrained_gguf
+
     for method in (
         save_pretrained_merged, push_to_hub_merged, save_pretrained_gguf, push_to_hub_gguf,
     ):  # fmt: skip
@@ -154,28 +157,6 @@ def push_to_hub_merged(
         return upload(folder, repo_id, token, private, api, **more)
 
 
-def save_pretrained_gguf(self: CausalLM, *args: Any, **kwargs: Any) -> None:
-    """Say how a GGUF file is made today.
-
-    Raises:
-        InputError: Always; whet does not write GGUF files yet.
-    """
-    raise InputError(
-        "whet does not write GGUF files yet",
-        fix="call model.save_pretrained_merged('merged', tokenizer), and give that folder to "
-        "llama.cpp's convert_hf_to_gguf.py",
-    )
-
-
-def push_to_hub_gguf(self: CausalLM, *args: Any, **kwargs: Any) -> None:
-    """Say how a GGUF file is made today.
-
-    Raises:
-        InputError: Always; whet does not write GGUF files yet.
-    """
-    save_pretrained_gguf(self)
-
-
 def write_as(
     model: CausalLM,
     folder: Path,
@@ -204,29 +185,33 @@ def write_as(
             "once more", fix="merge into another folder",
         )  # fmt: skip
     if method == "lora":
-        with _into(folder) as temporary:
+        with into(folder) as temporary:
             model.save_pretrained(str(temporary))
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(temporary))
         return
     dtype = sixteen_bit(model)
     if method == "merged_16bit":
-        with _into(folder) as temporary:
+        with into(folder) as temporary:
             write_model(merged(model), tokenizer, temporary, dtype, max_shard_size)
         return
     with TemporaryDirectory(dir=folder.absolute().parent) as scratch:
         write_model(merged(model), tokenizer, Path(scratch), dtype, max_shard_size)
         section = ModelSection(name=scratch, load_in_4bit=True)
         quantised = load_model(section, dtype)
-        with _into(folder) as temporary:
+        with into(folder) as temporary:
             quantised.save_pretrained(str(temporary), max_shard_size=max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(temporary))
 
 
 @contextlib.contextmanager
-def _into(folder: Path) -> Iterator[Path]:
-    """Give the body a temporary folder, whose files go into `folder` when it ends well."""
+def into(folder: Path) -> Iterator[Path]:
+    """Give the body a temporary folder, whose files go into `folder` when it ends well.
+
+    Args:
+        folder: Where to; files of other names in it stay.
+    """
     folder = folder.absolute()
     aside = folder.with_name(f".{folder.name}.new")
     with whole_folder(aside) as temporary:
@@ -302,33 +287,3 @@ def _reloaded(model: CausalLM) -> CausalLM:
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return PeftModel.from_pretrained(base, folder)
-
-
-def upload(
-    folder: Path,
-    repo_id: str,
-    token: str | None = None,
-    private: bool | None = None,
-    api: Any = None,
-    **more: Any,
-) -> str:
-    """Upload a folder to the Hub.
-
-    Args:
-        folder: What to upload.
-        repo_id: Where to; it is made if it is not there.
-        token: Of the Hub.
-        private: Whether a new repository is private.
-        api: A huggingface_hub.HfApi; None makes one.
-        **more: Arguments of `HfApi.upload_folder`.
-
-    Returns:
-        The address of the commit.
-    """
-    if api is None:
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-    made = api.create_repo(repo_id, private=private, exist_ok=True)
-    repo = getattr(made, "repo_id", None) or repo_id
-    return str(api.upload_folder(folder_path=str(folder), repo_id=repo, **more))

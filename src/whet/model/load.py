@@ -1,29 +1,24 @@
 """Find and load a model and its tokenizer from any source whet knows.
 
-Sources: a Hub id, a local Hugging Face folder, a `.gguf` file, and short names of models that come
-inside a Python package. A GGUF file is unpacked once into a Hugging Face folder in the user's cache
-(exactly: its blocks become float32), so that every later step is the same for all sources, and so
-that a later start does not parse it again (SmolLM2-135M: 0.4 s instead of 20 s on two cores).
+Sources: a Hub id, a local Hugging Face folder, a `.gguf` file, a llama2.c `.bin` file, and short names of
+models that come inside a Python package. What is one file is unpacked into a folder first (unpack.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
-import io
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whet.config import Config
-from whet.errors import InputError, did_you_mean
+from whet.errors import InputError, did_you_mean, first_line
 from whet.model import CausalLM, Tokenizer
 from whet.model.scratch import random_model, require_room
-from whet.runs import require_free, whole_folder
+from whet.model.unpack import UNPACKED, cache_dir, forget_quantization
 from whet.sections import ModelSection
 
 if TYPE_CHECKING:
@@ -31,6 +26,11 @@ if TYPE_CHECKING:
 
     from whet.engine.report import SwapReport
     from whet.engine.swap import EngineSettings
+
+__all__ = [
+    "attach_engine", "cache_dir", "choose_dtype", "device", "engine_settings", "forget_quantization",
+    "load_model", "load_model_config", "load_tokenizer", "max_length", "require_weights", "resolve",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def resolve(name: str) -> str:
     """Turn a model's name into a local Hugging Face folder or a Hub id.
 
     Args:
-        name: Hub id, folder, `.gguf` file or short name.
+        name: Hub id, folder, `.gguf` file, llama2.c `.bin` file or short name.
 
     Raises:
         InputError: The file or folder is not there, or is not a model.
@@ -71,10 +71,10 @@ def resolve(name: str) -> str:
     path = Path(name).expanduser()
     if path.name == "config.json" and path.is_file():
         return str(path.parent)
-    if path.suffix.lower() == ".gguf":
+    if (unpack := UNPACKED.get(path.suffix.lower())) is not None:
         if not path.is_file():
             raise InputError(f"model file '{name}' does not exist", fix="check model.name")
-        return str(unpack_gguf(path))
+        return str(unpack(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(
@@ -85,79 +85,13 @@ def resolve(name: str) -> str:
     if path.is_file():
         raise InputError(
             f"model file '{name}' is of a kind whet does not read", path.suffix or "no suffix",
-            "use a .gguf file, a Hugging Face folder or a Hub id",
+            "use a .gguf or llama2.c .bin file, a Hugging Face folder or a Hub id",
         )  # fmt: skip
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"model folder '{name}' does not exist", fix="check model.name")
     if "/" not in name and (guess := did_you_mean(name, SHORT_NAMES)):
         raise InputError(f"there is no model '{name}'", fix=f"did you mean '{guess}'?")
     return name
-
-
-def unpack_gguf(path: Path) -> Path:
-    """Unpack a GGUF file into a Hugging Face folder in the cache, once.
-
-    Args:
-        path: The `.gguf` file.
-
-    Returns:
-        A folder with config, float32 weights (exactly the file's values), tokenizer and template.
-
-    Raises:
-        InputError: The file is not a model that transformers reads.
-        WhetError: The disk has no room.
-    """
-    folder = cache_dir() / "gguf" / f"{path.stem}-{_fingerprint(path)}"
-    if folder.is_dir():
-        return folder
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # Four bytes a weight against half a byte or more in the file.
-    require_free(folder, 9 * path.stat().st_size, f"unpacking {path.name}")
-    logger.info("unpacking %s once into %s", path.name, folder)
-    source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
-            model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
-    except (ValueError, KeyError, OSError, NotImplementedError, RuntimeError) as error:
-        raise InputError(
-            f"'{path}' is not a GGUF model that transformers reads: {_first_line(error)}"
-        ) from error
-    forget_quantization(model)
-    model.config._name_or_path = path.stem
-    with whole_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    return folder
-
-
-def forget_quantization(model: CausalLM) -> None:
-    """Let a model whose weights were all unpacked be saved; transformers refuses it otherwise.
-
-    Args:
-        model: A model in 16 or 32 bit that was loaded from GGUF blocks or from NF4.
-    """
-    if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config
-    for name in ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conversions"):
-        if name in vars(model):
-            delattr(model, name)
-
-
-def cache_dir() -> Path:
-    """Return whet's folder in the user's cache: the XDG base directory, as desktop programs use it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whet"
-
-
-def _fingerprint(path: Path) -> str:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        digest = hashlib.sha256(str(size).encode() + file.read(2**20))
-        file.seek(max(0, size - 2**20))
-        digest.update(file.read())
-    return digest.hexdigest()[:16]
 
 
 def device() -> torch.device:
@@ -391,10 +325,6 @@ def _loading(what: str, name: str) -> Any:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(
-            f"no {what} could be loaded from '{name}': {_first_line(error)}",
+            f"no {what} could be loaded from '{name}': {first_line(error)}",
             fix="check model.name (a Hub id, a folder, a .gguf file, or smollm2-135m) and the network",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
