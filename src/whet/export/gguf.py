@@ -131,9 +131,7 @@ def quantise(source: Path, path: Path, kind: str) -> None:
     with writing(path):
         try:
             with LlamaProcess() as process:
-                process.ask(
-                    "quantise", str(source), str(temporary), QUANTISED[kind], os.cpu_count() or 1
-                )
+                process.ask("quantise", str(source), str(temporary), QUANTISED[kind])
             _finish(temporary, path)
         except WhetError as error:
             raise WhetError(f"{kind} of '{source.name}' could not be made: {error.what}") from error

@@ -54,7 +54,8 @@ class LlamaProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "whet.export.llama_worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-            env={**os.environ, "GGML_NO_BACKTRACE": "1",
+            # Threads that wait sleep, so that a busy machine gets on with what they wait for.
+            env={"OMP_WAIT_POLICY": "passive", **os.environ, "GGML_NO_BACKTRACE": "1",
                  "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         )  # fmt: skip
 

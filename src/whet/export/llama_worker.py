@@ -41,10 +41,10 @@ class Worker:
         self._vocab = self._model.get_vocab()
         return self._vocab.n_vocab
 
-    def quantise(self, source: str, target: str, kind: int, num_threads: int) -> None:
+    def quantise(self, source: str, target: str, kind: int) -> None:
         """Have llama.cpp quantise a file."""
         settings = self._native.LlamaModelQuantizeParams()
-        settings.ftype, settings.nthread = kind, num_threads
+        settings.ftype, settings.nthread = kind, num_cores()
         self._native.model_quantize(source, target, settings)
 
     def metadata(self, key: str) -> str | None:
@@ -95,6 +95,9 @@ class Worker:
         settings.n_ctx = settings.n_batch = settings.n_ubatch = max(32, num_tokens)
         settings.type_k = settings.type_v = _F32
         settings.flash_attn_type = 0
+        # Not llama.cpp's four: threads that wait for each other without a core of their own take
+        # many times as long.
+        settings.n_threads = settings.n_threads_batch = num_cores()
         return self._native.LlamaContext(self._model, settings)
 
     def _batch(self, ids: Sequence[int], every: bool, start: int = 0) -> Any:
@@ -102,6 +105,15 @@ class Worker:
         for place, token in enumerate(ids):
             batch.add(token, start + place, [0], every or place == len(ids) - 1)
         return batch
+
+
+def num_cores() -> int:
+    """Return how many threads to work with: what the user says, or the cores there are."""
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def serve(source: BinaryIO, target: BinaryIO) -> None:
