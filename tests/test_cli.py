@@ -229,7 +229,7 @@ def test_export_writes_checks_and_keeps_what_is_not_its_own(whet, trained, tmp_p
     [
         (["--to", "gguf", "--dtype", "float16"], "--dtype is for --to merged"),
         (["--to", "merged", "--quant", "f16"], "--quant is for --to gguf and ollama"),
-        (["--to", "gguf", "--quant", "q4_k_n"], "did you mean 'q4_k_m'"),
+        (["--to", "gguf", "--quant", "q4_km"], "did you mean 'q4_k_m'"),
         (["--bits", "3"], "--bits 4 is for --to merged"),
         (["--to", "adapter", "--base", "dequantised"], "an adapter is written as it was trained"),
         (["--base", "dequantised"], "leave --base out"),

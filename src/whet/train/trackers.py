@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from whet.errors import InputError, WhetError
+from whet.errors import InputError, WhetError, first_line
 from whet.runs import RunFolder
 
 PROJECT = "whet"
@@ -119,20 +119,15 @@ class GuardedTracker(TrainerCallback):
             self._failed = True
             self._tell(
                 f"{self._name} failed and is told nothing more; metrics.jsonl is complete: "
-                f"{_said(error)}"
+                f"{first_line(error)}"
             )
 
 
 def _not_started(name: str, error: Exception) -> WhetError:
     return WhetError(
-        f"tracker '{name}' cannot be started: {_said(error)}",
+        f"tracker '{name}' cannot be started: {first_line(error)}",
         fix="correct its settings, or leave it out of train.trackers",
     )
-
-
-def _said(error: Exception) -> str:
-    """Return the first line of an error's text, or its kind where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _start_wandb(run: RunFolder) -> Any:
