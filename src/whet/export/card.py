@@ -11,6 +11,7 @@ from whet.config_file import to_yaml
 from whet.export.check import Gate
 from whet.model.load import resolve
 from whet.runs import RunFolder
+from whet.sections import RunSection
 
 _LIBRARIES = {"adapter": "peft", "merged": "transformers"}
 
@@ -47,7 +48,9 @@ def model_card(run: RunFolder, kind: str, gates: Sequence[Gate] = (), usage: str
     if usage:
         lines += ["## Use", "", usage, ""]
     lines += gate_lines(gates)
-    lines += ["## Settings", "", "```yaml", to_yaml(config).rstrip(), "```", ""]
+    # Where the run lies on this machine is nobody else's to know.
+    settings = config.model_copy(update={"run": RunSection(name=config.run.name)})
+    lines += ["## Settings", "", "```yaml", to_yaml(settings).rstrip(), "```", ""]
     lines += [
         "## Versions",
         "",
