@@ -78,7 +78,8 @@ def export(
     folder = out or run.path / "export" / to
     _require_fitting(to, dtype, bits, quant, base)
     _require_ours(folder)
-    from whet.terminal import Terminal, quiet_libraries, show_gates
+    from whet.export_view import show_gates
+    from whet.terminal import Terminal, quiet_libraries
 
     quiet_libraries()
     terminal = Terminal()

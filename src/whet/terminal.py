@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from whet.doctor import Finding
     from whet.engine.verify import Verification
     from whet.evaluate import Sample
-    from whet.export.check import Gate
     from whet.plan.plan import Plan
     from whet.train.callbacks import Progress
 
@@ -330,37 +329,6 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return clock(seconds)
-
-
-def show_gates(out: Console, gates: Sequence[Gate]) -> None:
-    """Show what was compared of each exported file, and the answers side by side.
-
-    Args:
-        out: Where to.
-        gates: What was compared.
-    """
-    table = Table(
-        title="Loaded again, and compared with the live model",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE,
-    )
-    for column in ("", "compared", "measured", "allowed", ""):
-        table.add_column(column)
-    for gate in gates:
-        for number, found in enumerate(gate.findings):
-            verdict = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: ""}[
-                found.passed
-            ]
-            words = [escape(word) for word in (found.name, found.measured, found.allowed)]
-            table.add_row(escape(gate.file) if number == 0 else "", *words, verdict)
-        table.add_section()
-    out.print(table)
-    for gate in gates:
-        for answer in gate.answers[:1]:
-            out.print(f"  {gate.file}", markup=False)
-            for who in ("live", "exported"):
-                out.print(f"    {who:<9} {' '.join(answer[who].split())}", markup=False)
 
 
 def show_end(out: Console, path: str, seconds: float, peak_bytes: int) -> None:

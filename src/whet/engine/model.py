@@ -387,8 +387,7 @@ def shaped_logits(model: nn.Module, head: Head, hidden: torch.Tensor) -> torch.T
         head: What follows the output embeddings.
         hidden: Hidden states after the last norm, of any leading shape.
     """
-    embeddings = getattr(model, "get_output_embeddings", lambda: model)()
-    logits = embeddings(hidden)
+    logits = getattr(model, "get_output_embeddings", lambda: model)()(hidden)
     if head.logit_scale != 1.0:
         logits = logits * head.logit_scale
     if head.softcap is not None:
