@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -98,3 +99,24 @@ def _examine_nodes(
             distributed.forget_mark(shared)
     findings += distributed.compare(nodes)
     return findings, {"nodes": nodes, "findings": [asdict(finding) for finding in findings]}
+
+
+@machine_app.command()
+def top(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")],
+    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Show one moment and end.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Watch a run and its machine: loss, speed, GPU, CPU, memory, heat and power; Ctrl-C ends it."""
+    from whet.runs import RunFolder
+    from whet.terminal import console
+    from whet.top import follow
+
+    if not RunFolder.is_run(name):
+        raise InputError(
+            f"'{name}' is not a run (a folder with config.yaml)",
+            fix="`whet train` makes one under runs/",
+        )
+    with contextlib.suppress(KeyboardInterrupt):  # the usual way to leave: nothing was stopped
+        follow(RunFolder(name), console(), interval, as_json, once, typer.echo)

@@ -160,7 +160,7 @@ def look() -> Machine:
         distribution=_distribution(),
         container=_container(),
         smi=smi,
-        cards=tuple(_query_cards()) or (smi.cards if smi else ()),
+        cards=tuple(query_cards()) or (smi.cards if smi else ()),
         on_bus=_on_bus(),
         kernel_driver=parse_kernel_driver(text_of("/proc/driver/nvidia/version")),
         nouveau=Path("/sys/module/nouveau").is_dir(),
@@ -247,7 +247,8 @@ def usable_cores() -> int:
     return len(usable(0)) if usable else os.cpu_count() or 1
 
 
-def _query_cards() -> list[Card]:
+def query_cards() -> list[Card]:
+    """Ask nvidia-smi for the GPUs; none where it is not there or fails."""
     for fields in (SMI_QUERY, SMI_QUERY_OLD):
         told = output("nvidia-smi", f"--query-gpu={fields}", "--format=csv")
         if told is None:
