@@ -49,7 +49,7 @@ def trained(tiny_model, rows_file, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "init", "doctor", "data", "train", "eval", "generate", "chat", "export"]
+    "command", ["", "init", "doctor", "top", "data", "train", "eval", "generate", "chat", "export"]
 )
 def test_help_needs_no_torch(command):
     code = (
@@ -223,7 +223,8 @@ def test_export_writes_checks_and_keeps_what_is_not_its_own(whet, trained, tmp_p
     assert [p.name for p in mine.iterdir()] == ["thesis.tex"]
 
 
-def test_doctor_finds_no_fault_here(whet):
+def test_doctor_finds_no_fault_here(whet, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     told = whet("doctor")
     assert told.returncode == 0 and "ok  CPU" in told.stdout, told.stdout
     assert json.loads(whet("doctor", "--json").stdout)[0]["name"] == "system"

@@ -140,7 +140,7 @@ def test_a_snapshot_tells_where_a_run_is(run, nvml):
     assert (now.state, now.process, now.step, now.num_steps) == ("training", os.getppid(), 10, 20)
     assert (now.loss, now.heldout_loss, now.tokens_per_second) == (0.2, 0.5, 1010.0)
     assert now.step_seconds == 0.5 and now.eta_seconds == 5.0
-    assert now.shares == {"forward": 0.25, "backward": 0.75}
+    assert now.shares == pytest.approx({"forward": 0.25, "backward": 0.75})
     assert len(now.machine["gpus"]) == 2
 
 

@@ -33,11 +33,8 @@ def doctor(
         Path | None, typer.Option(help="File with a host a line: ask each by ssh, and compare.")
     ] = None,
     compare: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Report of a node (--distributed --json); give one for each, and compare."
-        ),
-    ] = None,
+        bool, typer.Option("--compare", help="Compare the nodes of which FILES are the reports.")
+    ] = False,
     rdzv: Annotated[
         str | None,
         typer.Option(

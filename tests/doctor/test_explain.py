@@ -18,6 +18,8 @@ RECORDED = [
     ("device mismatch",
      "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
      "(when checking argument for argument mat1 in method wrapper_CUDA_addmm)"),
+    ("device mismatch",
+     "Input type (torch.cuda.FloatTensor) and weight type (torch.FloatTensor) should be the same"),
     ("device mismatch", "Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)"),
     ("no kernel image", "CUDA error: no kernel image is available for execution on the device"),
     ("driver too old",
@@ -56,6 +58,7 @@ RECORDED = [
      "code: -98, name: EADDRINUSE, message: address already in use"),
     ("rendezvous",
      "The client socket has timed out after 60000ms while trying to connect to (10.0.0.9, 29500)."),
+    ("rendezvous", "[../gloo/transport/tcp/pair.cc:544] Connection closed by peer [10.0.0.2]:51234"),
     ("interface", "Bootstrap : no socket interface found"),
     ("no compiler", "Failed to find C compiler. Please specify via CC environment variable"),
 ]  # fmt: skip
@@ -75,7 +78,14 @@ def test_every_sign_has_an_error_that_was_met():
 
 @pytest.mark.parametrize(
     "words",
-    ["The size of tensor a (3) must match the size of tensor b (4)", "the loss is no number", ""],
+    [
+        "[Errno 104] Connection reset by peer",  # of a download, say
+        "[Errno 98] Address already in use",  # of a server of the user's
+        "Input type (float) and bias type (c10::BFloat16) should be the same",
+        "The size of tensor a (3) must match the size of tensor b (4)",
+        "the loss is no number",
+        "",
+    ],
 )  # fmt: skip
 def test_other_errors_are_left_alone(words):
     assert explain(RuntimeError(words)) is None

@@ -38,20 +38,20 @@ _SIGNS: tuple[tuple[str, str, str], ...] = (
     (r"devices? (is|are) busy or unavailable|exclusive-thread context",
      "GPU busy", "the GPU is busy"),
     (r"Expected all tensors to be on the same device|Pointer argument .* cannot be accessed from Triton"
-     r"|should be the same or input should be a MKLDNN|Input type .* and weight type",
+     r"|Input type \(torch\.cuda\.\w+\) and weight type \(torch\.\w+\)",
      "device mismatch", "tensors of one operation are on different devices"),
     (r"device-side assert", "device assert", "a kernel met an index out of range"),
     (r"illegal memory access|misaligned address",
      "illegal access", "a kernel touched memory that is not its own"),
     (r"unspecified launch failure|GPU is lost|fallen off the bus|uncorrectable ECC",
      "GPU lost", "the GPU has failed"),
-    (r"CUDA unknown error|system not yet initialized|initialization error",
+    (r"CUDA unknown error|system not yet initialized|CUDA error: initialization error",
      "CUDA does not start", "CUDA does not start"),
-    (r"EADDRINUSE|[Aa]ddress already in use", "port in use", "the rendezvous port is in use"),
+    (r"EADDRINUSE|server socket has failed to listen", "port in use", "the rendezvous port is in use"),
     (r"NCCL error|NCCL WARN|nccl(System|Remote|Internal|UnhandledCuda)Error",
      "NCCL error", "NCCL failed"),
     (r"DistNetworkError|client socket has timed out|TCPStore|waiting for clients"
-     r"|RendezvousConnectionError|RendezvousTimeoutError|Connection (closed by|reset by) peer"
+     r"|RendezvousConnectionError|RendezvousTimeoutError|gloo.*Connection (closed|reset) by peer"
      r"|connectFullMesh failed",
      "rendezvous", "the processes did not meet or lost each other"),
     (r"Unable to find address for|unable to find interface|Bootstrap : no socket interface found"
