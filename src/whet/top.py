@@ -206,7 +206,7 @@ def render(snapshot: Snapshot) -> Table:
     for style in ("bold", "", ""):
         table.add_column(style=style)
     who = f", process {snapshot.process}" if snapshot.process else ""
-    table.add_row(Text(snapshot.run), Text(snapshot.state + who))
+    table.add_row("run", Text(snapshot.state), Text(snapshot.run + who))
     done = snapshot.step / snapshot.num_steps if snapshot.num_steps else None
     eta = "" if snapshot.eta_seconds is None else f"ETA {clock(snapshot.eta_seconds)}"
     table.add_row("steps", _bar(done), f"{_steps(snapshot)}  {eta}")

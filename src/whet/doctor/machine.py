@@ -185,10 +185,11 @@ def look_at_torch() -> Torch:
     """Read the installed torch; its CUDA is started, as training would."""
     import torch
     import torch.distributed as dist
+    from torch.cuda import nccl as torch_nccl
 
     cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
     has_nccl = dist.is_available() and dist.is_nccl_available()
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None
+    nccl = ".".join(map(str, torch_nccl.version())) if has_nccl else None
     available, error, cards = torch.cuda.is_available(), "", []
     if torch.version.cuda and not available:
         try:
