@@ -50,7 +50,7 @@ def trained(tiny_model, rows_file, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "command",
-    ["", "init", "doctor", "data", "train", "eval", "generate", "chat", "serve", "export"],
+    ["", "init", "doctor", "top", "data", "train", "eval", "generate", "chat", "serve", "export"],
 )
 def test_help_needs_no_torch(command):
     code = (
@@ -242,7 +242,8 @@ def test_an_export_that_cannot_be_is_told(arguments, words, whet, trained, tmp_p
     assert not list(tmp_path.glob("m/*"))
 
 
-def test_doctor_finds_no_fault_here(whet):
+def test_doctor_finds_no_fault_here(whet, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     told = whet("doctor")
     assert told.returncode == 0 and "ok  CPU" in told.stdout, told.stdout
     assert json.loads(whet("doctor", "--json").stdout)[0]["name"] == "system"

@@ -16,6 +16,7 @@ import typer
 from whet import __version__
 from whet.cli_data import data_app
 from whet.cli_export import export_app
+from whet.cli_machine import machine_app
 from whet.cli_options import (
     AsJson,
     Assignments,
@@ -53,6 +54,7 @@ app.add_typer(setup)
 app.add_typer(data_app)
 app.add_typer(talk_app)
 app.add_typer(export_app)
+app.add_typer(machine_app)
 
 
 @app.callback(invoke_without_command=True, epilog="Add --debug to any command for a traceback.")
@@ -210,3 +212,20 @@ def main() -> None:
             raise
         typer.echo(f"whet: {error}", err=True)
         sys.exit(error.exit_code)
+    except (RuntimeError, AssertionError, MemoryError, OSError, ImportError) as error:
+        _explain_or_raise(error, debug)
+
+
+def _explain_or_raise(error: Exception, debug: bool) -> None:
+    """Say what an error of torch, CUDA or NCCL means, where it is one that is known."""
+    from whet.doctor.explain import explain
+
+    finding = None if debug else explain(error)
+    if finding is None:
+        raise error
+    typer.echo(
+        f"whet: {finding.text}: {finding.why}; {finding.fix}; `whet doctor` looks at this machine "
+        "(--debug: the traceback)",
+        err=True,
+    )
+    sys.exit(1)

@@ -1,17 +1,14 @@
-"""Commands that need no config and no model: `init`, `doctor` and `bench`."""
+"""Commands that need no config and no model: `init` and `bench`."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from whet.cli_options import AsJson
 from whet.config_file import TEMPLATES, commented_yaml, load_config, parse_yaml, to_json_schema
 from whet.errors import InputError, did_you_mean
 
@@ -45,23 +42,6 @@ def init(
     load_config(parse_yaml(text))  # refuses a file name that cannot name a run
     write_text(path, text)
     typer.echo(f"wrote {path}; set data.train in it, then: whet data {path}; whet train {path}")
-
-
-@setup.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Check this machine: system, packages, GPU, memory, disk; each fault with its fix."""
-    from whet.doctor import examine
-
-    findings = examine()
-    if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
-    else:
-        from whet.terminal import console, finding_lines
-
-        for line in finding_lines(findings):
-            console().print(line)
-    if any(finding.status == "fault" for finding in findings):
-        raise typer.Exit(1)
 
 
 @setup.command(

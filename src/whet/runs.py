@@ -92,6 +92,11 @@ class RunFolder:
         return None
 
     @property
+    def holder(self) -> int | None:
+        """The living process that trains this run, or None; never this process itself."""
+        return _living_holder(self.lock_file)
+
+    @property
     def report(self) -> dict[str, Any]:
         """What report.json holds, or nothing yet."""
         if not self.report_file.is_file():

@@ -353,13 +353,15 @@ def show_end(out: Console, path: str, seconds: float, peak_bytes: int) -> None:
 
 
 def finding_lines(findings: Sequence[Finding]) -> list[Text]:
-    """Return the doctor's lines, each fault with its fix below it."""
+    """Return the doctor's lines, each fault with what it means and its fix below it."""
     lines = []
     for finding in findings:
         colour = _COLOURS[finding.status]
         lines.append(
             Text.assemble((f"{finding.status:>5}", colour), f"  {finding.name}: {finding.text}")
         )
+        if finding.why and finding.status != "ok":
+            lines.append(Text(f"         {finding.why}", style="dim"))
         if finding.fix:
             lines.append(Text(f"         -> {finding.fix}", style="dim"))
     return lines

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from whet.errors import WhetError
 from whet.runs import RunFolder, writing
+from whet.sensors import Sensors, training_gpus
 
 if TYPE_CHECKING:
     from whet.plan.plan import Plan
@@ -88,6 +89,7 @@ class Metrics(TrainerCallback):
     def __init__(self, run: RunFolder, show: Callable[[Progress], None] | None, plan: Plan) -> None:
         self.run, self.show, self.plan = run, show, plan
         self.trainer: WhetTrainer | None = None
+        self.sensors: Sensors | None = None
         self._start = self._last = 0.0
         self._first_step = self._last_step = 0
         self._stepping = ExitStack()
@@ -101,6 +103,7 @@ class Metrics(TrainerCallback):
         self._start = self._last = time.perf_counter()
         self._first_step = self._last_step = state.global_step
         self.trainer.meter.forget()
+        self.sensors = Sensors(training_gpus())
         self.peak_before = forget_peak_memory()
 
     def on_pre_optimizer_step(
@@ -155,6 +158,7 @@ class Metrics(TrainerCallback):
                 "planned_bytes": progress.planned_bytes,
                 "seconds_in": progress.seconds_in,
                 "seconds": progress.seconds,
+                **machine_figures(self.sensors),
                 # What a method logs beside the loss, such as rewards/margins.
                 **{
                     k: v
@@ -196,6 +200,12 @@ class Metrics(TrainerCallback):
     def write(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
         append_line(self.run, line)
+
+
+def machine_figures(sensors: Sensors | None) -> dict[str, Any]:
+    """Return the `machine` of a log step: once a second at most, nothing in between."""
+    found = None if sensors is None else sensors.sample()
+    return {} if found is None else {"machine": found}
 
 
 def append_line(run: RunFolder, line: dict[str, Any]) -> None:

@@ -26,8 +26,16 @@ from whet.model import CausalLM, Tokenizer
 from whet.model.load import attach_engine, choose_dtype, device, load_model
 from whet.model.lora import count_parameters, prepare_parameters
 from whet.runs import RunFolder, start_run, whole_folder
+from whet.sensors import Sensors, training_gpus
 from whet.train.arguments import training_arguments
-from whet.train.callbacks import Progress, StopAtSignal, append_line, judged_in, peak_memory_bytes
+from whet.train.callbacks import (
+    Progress,
+    StopAtSignal,
+    append_line,
+    judged_in,
+    machine_figures,
+    peak_memory_bytes,
+)
 from whet.train.listen import Listener
 from whet.train.plot import plot_loss
 from whet.train.reward_model import load_reward_model
@@ -299,9 +307,11 @@ class TrlMetrics(TrainerCallback):
         self.run, self.listener = run, listener
         self._start = self._last = time.perf_counter()
         self._tokens = 0.0
+        self.sensors: Sensors | None = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Start the clock."""
+        self.sensors = Sensors(training_gpus())
         self._start = self._last = time.perf_counter()
 
     def on_log(
@@ -321,6 +331,7 @@ class TrlMetrics(TrainerCallback):
         append_line(self.run, {
             "step": state.global_step, **numbers, "tokens_per_second": rate,
             "memory_bytes": peak_memory_bytes(), "seconds": seconds,
+            **machine_figures(self.sensors),
         })  # fmt: skip
         self.listener.progress(Progress(
             step=state.global_step, num_steps=state.max_steps, loss=numbers["loss"],
