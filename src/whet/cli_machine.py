@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,6 +51,8 @@ def doctor(
     ] = False,
 ) -> None:
     """Check this machine: driver, torch, packages, memory, disk; each fault with its fix."""
+    # Its import says that an optional kernel package is not there, which is no fault.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     files = files or []
     if bool(files) != compare:
         raise InputError("--compare and the nodes' reports go together",

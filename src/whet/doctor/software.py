@@ -109,7 +109,7 @@ def _triton_failure(version: str, error: BaseException) -> Finding:
 def check_four_bit(machine: Machine) -> Finding:
     """Quantise a small matrix, because an import alone proves nothing about bitsandbytes."""
     device = "cuda" if machine.torch.available else "cpu"
-    again = "pip install -c constraints.txt --force-reinstall bitsandbytes"
+    again = "pip install --force-reinstall bitsandbytes"
     try:
         import torch
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
