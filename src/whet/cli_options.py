@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -41,6 +41,24 @@ System = Annotated[
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")]
 TopP = Annotated[float, typer.Option(help="Sample within this probability mass.")]
+NumProcesses = Annotated[
+    int | None, typer.Option("--nproc", min=1, help="Processes on this machine, one a GPU.")
+]
+NumNodes = Annotated[int, typer.Option("--nnodes", min=1, help="Machines.")]
+NodeRank = Annotated[
+    int | None, typer.Option("--node-rank", min=0, help="Number of this machine, from 0.")
+]
+Rendezvous = Annotated[
+    str | None, typer.Option("--rdzv", metavar="HOST:PORT", help="Where machines meet: machine 0.")
+]
+Strategy = Annotated[
+    Literal["auto", "ddp", "fsdp", "deepspeed", "tp"] | None,
+    typer.Option("--strategy", help="How processes share the work; as parallel.strategy."),
+]
+MaxRestarts = Annotated[
+    int,
+    typer.Option("--max-restarts", min=0, help="Times to go on by itself after a process failed."),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 
 

@@ -161,10 +161,13 @@ def _fingerprint(path: Path) -> str:
 
 
 def device() -> torch.device:
-    """Return the device that whet trains on: the first CUDA device, or else the CPU."""
+    """Return the device that whet trains on: this process's CUDA device, or else the CPU."""
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = os.environ.get("LOCAL_RANK", "")  # of several processes each has a GPU
+    return torch.device("cuda", int(local_rank)) if local_rank else torch.device("cuda")
 
 
 def choose_dtype(name: str | None, full: bool) -> tuple[torch.dtype, str]:

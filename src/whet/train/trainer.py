@@ -2,7 +2,7 @@
 
 It changes four things and leaves the loop alone: a batch of its loader is one whole optimizer step,
 which is cut into packed passes here, and the loss is summed over labelled tokens only and divided by
-the labels of the whole step; memory that runs out in a pass makes the passes smaller and the step is
+the labels of the whole step, over all processes; memory that runs out in a pass makes the passes smaller and the step is
 run again; the order of an epoch depends on the seed and the epoch alone, so that a resumed run sees
 the rows it would have seen; and a checkpoint is written whole or not at all.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
@@ -32,19 +33,31 @@ from whet.model import CausalLM, Tokenizer
 from whet.model.loss import summed_loss
 from whet.runs import RunFolder
 from whet.train.arguments import training_arguments
-from whet.train.callbacks import HeldOutWatch
-from whet.train.checkpoints import load_optimizer, restore_checkpoint, write_checkpoint
+from whet.train.callbacks import HeldOutWatch, StopAtSignal
+from whet.train.checkpoints import (
+    load_optimizer,
+    load_random_state,
+    restore_checkpoint,
+    write_checkpoint,
+)
 from whet.train.meter import Meter
 from whet.train.optimizer_kinds import kind_of
 from whet.train.optimizers import make_optimizer, turn_optimizer
+from whet.train.shards import Shards
+from whet.train.strategy import strategy_arguments
 from whet.train.survive import (
+    FITS,
+    MemoryRanOutElsewhere,
     RandomState,
+    cannot_step_again,
     check_one_pass,
-    does_not_fit,
     free_memory,
     is_out_of_memory,
+    make_room,
     step_again_when_out_of_memory_,
+    wish_for,
 )
+from whet.train.world import World
 
 Measured = TypeVar("Measured")
 
@@ -62,6 +75,8 @@ class StepSettings:
         tell: Called with what happened, for metrics.jsonl, and a sentence for people.
         checkpoints: Recompute layers that keep their own code, as transformers does.
         graphs: Records packed passes and replays them; None runs each as ever.
+        world: The processes of the run.
+        shards: How the model is spread over them; None: each has all of it.
     """
 
     packing: Packing
@@ -70,6 +85,8 @@ class StepSettings:
     tell: Callable[[dict[str, Any], str], None] = lambda event, text: None
     checkpoints: bool = False
     graphs: GraphedPasses | None = None
+    world: World = World()
+    shards: Shards | None = None
 
 
 class WhetTrainer(Trainer):
@@ -106,11 +123,18 @@ class WhetTrainer(Trainer):
         seed = config.train.seed if config.train.shuffle else None
         options = config.train
         lengths: Any = lengths_of(train)
-        self.sampler = StepSampler(lengths, options.batch_size, seed, options.batch_tokens)
+        self.world = world = settings.world
+        self.shards = settings.shards
+        self.stop: StopAtSignal | None = None
+        shares = world.shares if self._draws_its_share else 1
+        self.sampler = StepSampler(
+            lengths, options.batch_size, seed, options.batch_tokens, shares, world.share % shares
+        )
         super().__init__(
             model=model,
             args=training_arguments(
-                config, run, checkpoints=settings.checkpoints and _has_own_code(model)
+                config, run, settings.checkpoints and _has_own_code(model),
+                strategy_arguments(world, settings.shards),
             ),
             train_dataset=train,  # type: ignore[arg-type]
             eval_dataset=heldout or None,  # type: ignore[arg-type]
@@ -128,7 +152,8 @@ class WhetTrainer(Trainer):
         """Return a loader whose batches are the rows of whole optimizer steps."""
         rows: Any = self.train_dataset
         loader = DataLoader(rows, batch_sampler=self.sampler, collate_fn=list)
-        return self.accelerator.prepare(loader)
+        # The sampler has cut the step already: accelerate must not deal whole steps to processes.
+        return prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimizer, which steps again when memory runs out before it changed anything."""
@@ -155,11 +180,11 @@ class WhetTrainer(Trainer):
 
         Args:
             model: The model, or a parallel wrapper of it.
-            inputs: The rows of the step.
+            inputs: The rows of the step that are this process's.
             num_items_in_batch: Not used; the labels of all rows are counted here.
 
         Returns:
-            The step's mean loss over labelled tokens.
+            The step's mean loss over labelled tokens; the mean over processes is that of the whole step.
 
         Raises:
             WhetError: One example alone does not fit.
@@ -167,16 +192,19 @@ class WhetTrainer(Trainer):
         del num_items_in_batch
         model.train()
         turn_optimizer(self.optimizer, "train")
-        rows: list[Tokens] = list(inputs)
+        rows = self._own_part(list(inputs))
         num_items = self._count_items(rows)
         state = RandomState.take()
         while True:
-            passes = self.packing.passes(rows)
+            passes = self._cut(rows)
             if self._steps_in_backward:
                 check_one_pass(len(passes))
+            proposals: list[int] = []
             try:
                 loss = self._run_passes(model, passes, num_items)
                 break
+            except MemoryRanOutElsewhere as elsewhere:
+                proposals, reason = elsewhere.proposals, "another process's memory ran out"
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -187,11 +215,10 @@ class WhetTrainer(Trainer):
             model.zero_grad()
             self._forget_graphs()
             free_memory()
-            self._make_room(passes, reason)
+            make_room(self, passes, reason, proposals or self._tell_the_others(passes, reason))
             state.restore()
         for group in passes:
             self._count(group)
-        self.tokens_seen += sum(len(tokens.input_ids) for tokens in rows)
         return loss
 
     def try_passes(self, rows: list[Tokens], measure: Callable[..., Measured]) -> Measured | None:
@@ -220,7 +247,7 @@ class WhetTrainer(Trainer):
             reason = str(error).strip().split("\n")[0]
         self.model.zero_grad()  # type: ignore[union-attr]
         free_memory()
-        self._make_room([rows], reason)
+        make_room(self, [rows], reason, [wish_for(self, [rows])])
         return None
 
     @property
@@ -231,12 +258,58 @@ class WhetTrainer(Trainer):
     def _pad(self) -> int:
         return self.processing_class.pad_token_id or 0  # type: ignore[union-attr]
 
+    @property
+    def _draws_its_share(self) -> bool:
+        """Whether the sampler gives each process its part of a step, and not all of it."""
+        return True
+
+    def _own_part(self, rows: list[Tokens]) -> list[Tokens]:
+        """Return the rows of a step that this process computes."""
+        return rows
+
     def _count_items(self, rows: Sequence[Tokens]) -> torch.Tensor:
         """Count the labels of the step over all processes; 1 when there is none."""
-        num = torch.tensor(sum(tokens.num_labels for tokens in rows), device=self.args.device)
-        if self.accelerator.num_processes > 1:
-            num = self.accelerator.gather(num).sum()  # type: ignore[union-attr]
-        return num.clamp(min=1)
+        (labels,) = self._begin_step(rows, sum(tokens.num_labels for tokens in rows))
+        return torch.tensor(max(1, labels), device=self.args.device)
+
+    def _begin_step(self, rows: Sequence[Tokens], *counts: int) -> list[int]:
+        """Count what a step is over all processes, and hear whether any of them should stop.
+
+        Args:
+            rows: Those of this process.
+            counts: Of this process.
+
+        Returns:
+            The sums of the counts.
+        """
+        entered = sum(len(tokens.input_ids) for tokens in rows)
+        asked = self.stop is not None and self.stop.asked
+        sums = [entered, int(asked), *counts]
+        if self.world.size > 1:
+            found: Any = self.accelerator.gather(torch.tensor([sums], device=self.args.device))
+            # Processes that compute one replica together have the same rows.
+            sums = found[:: self.world.tensor].sum(0).tolist()
+            if self.stop is not None:
+                self.stop.agreed = bool(sums[1])
+        self.tokens_seen += sums[0]
+        return sums[2:]
+
+    def _cut(self, rows: Sequence[Tokens]) -> list[list[Tokens]]:
+        """Cut this process's rows into passes; an empty one takes part and counts nothing.
+
+        In the last pass the gradients of all processes meet, so that everyone has one. The smallest is
+        last: memory that will run out has done so by then. Where a model is spread over processes they
+        compute each layer together, and whoever has fewer passes joins in with empty ones.
+        """
+        passes = self.packing.passes(rows) if rows else []
+        if self.world.shares == 1:
+            return passes
+        passes.sort(key=self.packing.num_entered, reverse=True)
+        num = len(passes) or 1
+        if self.shards is not None:
+            numbers = self.accelerator.gather(torch.tensor([num], device=self.args.device))
+            num = int(numbers.max())  # type: ignore[union-attr]
+        return passes + [[]] * (num - len(passes))
 
     def _run_passes(
         self, model: Any, passes: list[list[Tokens]], num_items: torch.Tensor
@@ -245,13 +318,54 @@ class WhetTrainer(Trainer):
         graphs = None if self._steps_in_backward else self.settings.graphs
         graphed = graphs is not None and graphs.begin_step()
         for number, group in enumerate(passes):
+            if not group:
+                self._run_empty_pass(model, num_items, number, number == len(passes) - 1)
+                continue
             with self.meter.phase("data"):
                 batch = self._make_batch(group, rounded=graphed)
             # Gradients of all processes meet in the last pass only.
             last = number == len(passes) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                total += self._run_pass(model, batch, num_items, number, graphed)
+            with self._gradients_meet(model, last):
+                total += self._run_pass(model, batch, num_items, number, graphed, last)
         return total
+
+    def _run_empty_pass(
+        self, model: Any, num_items: torch.Tensor, number: int, last: bool
+    ) -> None:
+        """Run a pass that counts nothing: its loss, and so its gradients, are multiplied by zero."""
+        rows: Any = self.train_dataset
+        batch = self._make_batch([rows[0]], rounded=False)
+        with self._gradients_meet(model, last):
+            self._run_pass(model, batch, num_items, number, last=last, weight=0.0)
+
+    def _gradients_meet(self, model: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
+        if self.shards is not None:
+            return self.shards.gradients_meet(self, model, last)
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+
+    def _tell_the_others(self, passes: list[list[Tokens]], reason: str) -> list[int]:
+        """Say that memory ran out here, and return what every process wants done about it."""
+        wish = wish_for(self, passes)
+        if self.world.size == 1:
+            return [wish]
+        if self.shards is not None or self.at[1] == "gradients meet":
+            raise cannot_step_again(self.world.rank, reason)
+        wishes = self.accelerator.gather(torch.tensor([wish], device=self.args.device))
+        return wishes.tolist()  # type: ignore[union-attr]
+
+    def _wait_for_the_others(self) -> None:
+        """Wait until each process has got to its last backward pass.
+
+        Raises:
+            MemoryRanOutElsewhere: One has not, and all step again.
+        """
+        if self.world.size == 1 or self.shards is not None:
+            return
+        wishes = self.accelerator.gather(torch.tensor([FITS], device=self.args.device))
+        found: list[int] = wishes.tolist()  # type: ignore[union-attr]
+        if max(found) > FITS:
+            raise MemoryRanOutElsewhere(found)
+        self.at = (self.at[0], "gradients meet")
 
     def _make_batch(self, group: Sequence[Tokens], rounded: bool) -> Any:
         if not self.packing.padded and takes_packed(self.model) and fuses_head(self.model):
@@ -270,7 +384,14 @@ class WhetTrainer(Trainer):
             self.settings.graphs.clear()
 
     def _run_pass(
-        self, model: Any, batch: Any, num_items: torch.Tensor, number: int, graphed: bool = False
+        self,
+        model: Any,
+        batch: Any,
+        num_items: torch.Tensor,
+        number: int,
+        graphed: bool = False,
+        last: bool = False,
+        weight: float = 1.0,
     ) -> torch.Tensor:
         """Run one pass forward and backward; return its part of the loss."""
         self.at = (number, "forward")
@@ -281,7 +402,11 @@ class WhetTrainer(Trainer):
                 return loss
         with self.meter.phase("forward"), self.compute_loss_context_manager():
             loss = self.compute_loss(model, batch, num_items_in_batch=num_items)
+        if weight != 1.0:
+            loss = loss * weight
         self.at = (number, "backward")
+        if last:
+            self._wait_for_the_others()
         options: dict[str, Any] = {}
         if self.args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
             options["learning_rate"] = self._get_learning_rate()
@@ -302,33 +427,6 @@ class WhetTrainer(Trainer):
             passes=1,
         )
 
-    def _make_room(self, passes: list[list[Tokens]], reason: str) -> None:
-        """Make the passes smaller, or else the model keep less, and tell it.
-
-        Raises:
-            WhetError: The pass that failed is one example, and the model keeps the least already.
-        """
-        number, phase = self.at
-        failed = passes[number]
-        largest = max(self.packing.num_entered(group) for group in passes)
-        step = self.state.global_step + 1
-        event: dict[str, Any] = {
-            "step": step, "event": "out_of_memory", "phase": phase, "pass": number + 1,
-            "passes": len(passes), "tokens": self.packing.num_entered(failed), "reason": reason,
-        }  # fmt: skip
-        text = f"memory ran out in step {step}, pass {number + 1} of {len(passes)}, {phase}: "
-        if len(failed) > 1:
-            self.packing = replace(self.packing, tokens_per_pass=max(1, largest // 2))
-            event["tokens_per_pass"] = self.packing.tokens_per_pass
-            text += f"the step runs again in passes of {self.packing.tokens_per_pass:,} tokens"
-        elif eased := self.settings.ease():
-            self.times_eased += 1
-            event["policy"] = eased
-            text += f"the step runs again with saved tensors {eased}"
-        else:
-            raise does_not_fit(failed[0], reason)
-        self.settings.tell(event, text)
-
     def _tell_of_the_optimizer(self, text: str) -> None:
         self._forget_graphs()
         step = self.state.global_step + 1
@@ -344,8 +442,8 @@ class WhetTrainer(Trainer):
         """Return this pass's part of the step's mean loss over labelled tokens."""
         loss, num_labels = summed_loss(model, inputs)
         loss = loss / (max(1, num_labels) if num_items_in_batch is None else num_items_in_batch)
-        # Each process divides by the labels of all, and DDP takes the mean over processes.
-        loss = loss * (1 if num_items_in_batch is None else self.accelerator.num_processes)
+        # Each process divides by the labels of all, and the mean is taken over processes.
+        loss = loss * (1 if num_items_in_batch is None else self.world.shares)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -366,9 +464,15 @@ class WhetTrainer(Trainer):
         return metrics
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measure the held-out rows with the weights of use, and let the callbacks know."""
+        """Measure the held-out rows with the weights of use, and let the callbacks know.
+
+        Rank 0 measures, unless the processes can compute a layer only together.
+        """
         turn_optimizer(self.optimizer, "eval")
-        metrics = self.evaluate()
+        together = self.shards is not None or self.world.size == 1
+        metrics = self.evaluate() if together or self.world.is_first else {}
+        if not together:
+            metrics = self.world.agree(metrics)
         handler = self.callback_handler
         self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -388,6 +492,12 @@ class WhetTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         restore_checkpoint(self, Path(resume_from_checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.world.size == 1 or checkpoint is None:
+            super()._load_rng_state(checkpoint)
+        else:
+            load_random_state(self, Path(checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         load_optimizer(self, checkpoint, super()._load_optimizer_and_scheduler)
