@@ -118,7 +118,7 @@ def generate(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         inputs = _pad_left([encoded[i] for i in chosen], tokenizer, model)
-        with torch.inference_mode():
+        with torch.no_grad():
             output_BT = model.generate(
                 **inputs,
                 **sampling.options(),

@@ -274,6 +274,20 @@ class StopAtSignal(TrainerCallback):
                 signal.signal(name, handler)
 
 
+class SaveEvery(TrainerCallback):
+    """Has checkpoints written as `save_steps` says, where transformers would not by itself.
+
+    Its Trainer cannot write one of a model that was cut while it was loaded; whet can.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Ask for a checkpoint after every so many steps, and after the last."""
+        last = state.global_step >= state.max_steps
+        control.should_save = control.should_save or last or not state.global_step % args.save_steps
+
+
 class HeldOutWatch(TrainerCallback):
     """Knows the best held-out loss so far, has that checkpoint kept, and ends training in time.
 

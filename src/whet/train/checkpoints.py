@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer
 from transformers.trainer_pt_utils import safe_globals
 
 from whet.errors import InputError
 from whet.runs import RunFolder, whole_folder
-from whet.train.shards import WholeState, gather_state, gather_weights
 from whet.train.optimizers import (
     load_outside_state_,
     move_state_,
@@ -35,6 +35,7 @@ from whet.train.optimizers import (
     state_loading,
     turn_optimizer,
 )
+from whet.train.shards import WholeState, gather_state, gather_weights, load_optimizer_state
 
 if TYPE_CHECKING:
     from whet.config import Config
@@ -189,6 +190,12 @@ def load_optimizer(trainer: WhetTrainer, folder: str | None, load: Callable[[str
     """
     if folder is None:
         return
+    assert trainer.lr_scheduler is not None
+    if trainer.shards is not None:
+        load_optimizer_state(trainer, folder)
+        kept = torch.load(f"{folder}/scheduler.pt", map_location="cpu", weights_only=True)
+        trainer.lr_scheduler.load_state_dict(kept)
+        return
     with state_loading(trainer.whet_config.train.optimizer):
         load(folder)
     assert trainer.optimizer is not None
@@ -301,6 +308,20 @@ def load_weights(trainer: WhetTrainer, step: int) -> str:
     if not fault:
         Trainer._load_from_checkpoint(trainer, str(folder))  # not the rest of the state
     return fault
+
+
+def load_before_spreading(model: Any, folder: Path) -> None:
+    """Load a checkpoint's weights into a model that is still whole.
+
+    Args:
+        model: Adapted as the checkpoint's was.
+        folder: A checkpoint that was found whole.
+    """
+    if hasattr(model, "load_adapter") and hasattr(model, "peft_config"):
+        model.load_adapter(str(folder), "default", is_trainable=True)
+        return
+    for file in sorted(folder.glob("model*.safetensors")):
+        model.load_state_dict(load_file(file), strict=False)
 
 
 def settle(trainer: WhetTrainer, tell: Callable[[str], None]) -> dict[str, Any]:

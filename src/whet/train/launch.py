@@ -1,14 +1,15 @@
 """Start the processes of a run through torchrun's own launcher, and say what ended them.
 
-`whet train --nproc 8` starts itself eight times; a plain `torchrun -m whet train` or `accelerate launch -m
-whet train` starts the same processes. Each writes what it died of where torchrun looks for it, so that the
-first to fail is the one that is heard, and not those that lost it.
+`whet train --nproc 8` starts itself eight times; a plain `torchrun -m whet train` or `accelerate launch
+-m whet train` starts the same processes. Each writes what it died of where torchrun looks for it, so that
+the first to fail is the one that is heard, and not those that lost it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -106,13 +107,17 @@ def run_processes(arguments: Sequence[str], launch: Launch) -> None:
 
     nproc = launch.nproc or 1
     _require_gpus(nproc)
+    # It tells of each process it ends; here the one that failed is told of, once.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     with tempfile.TemporaryDirectory(prefix="whet-launch-") as logs, _passing_signals_on() as asked:
         try:
             elastic_launch(_launch_config(launch, logs), sys.executable)("-m", "whet", *arguments)
         except ChildFailedError as error:
             if asked:
-                raise Interrupted("stopped", fix="go on with the same command and --resume") from None
+                raise Interrupted(
+                    "stopped", fix="go on with the same command and --resume"
+                ) from None
             raise _what_ended(error.failures, launch.size) from None
         stopped = _read_stops(Path(logs))
     if stopped is not None:

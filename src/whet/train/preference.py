@@ -312,7 +312,9 @@ class PreferenceTrainer(WhetTrainer):
         for start in range(0, len(rows), size):
             units = list(rows[start : start + size])
             num_items = torch.tensor(len(units), device=self.args.device)
-            self._num_plain = torch.tensor(max(1, self._count_plain(units)), device=self.args.device)
+            self._num_plain = torch.tensor(
+                max(1, self._count_plain(units)), device=self.args.device
+            )
             self._now.clear()
             if self.whet_config.method == "kto":
                 wrong = mismatched(units, self._max_length)

@@ -6,6 +6,7 @@ in a Listener and show what it hears; this module prints nothing.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from whet.config import Config
 from whet.data.gates import check_gates, require_method
@@ -42,6 +45,7 @@ from whet.sections import PREFERENCES, WITH_TRL
 from whet.train.callbacks import Metrics, StopAtSignal, peak_memory_bytes
 from whet.train.checkpoints import (
     keep_pissa_start,
+    load_before_spreading,
     newest_whole,
     save_weights,
     seed_share,
@@ -66,10 +70,6 @@ from whet.train.strategy import (
 from whet.train.trackers import check_trackers, tracking
 from whet.train.trainer import StepSettings
 from whet.train.world import World
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
 
 TOLD_SECONDS = 5  # between two lines on how far reading the data is
 
@@ -175,6 +175,33 @@ class Training:
     base_samples: list[Sample] = field(default_factory=list)
 
 
+class BaseFirst(TrainerCallback):
+    """Measures the base model once it is spread: whole it may not fit into a process.
+
+    Args:
+        training: Its answers are kept there.
+        listener: Hears of it.
+    """
+
+    def __init__(self, training: Training, listener: Listener) -> None:
+        self.training, self.listener = training, listener
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """Measure, with the adapter turned off."""
+        own, model = self.training, more["model"]
+        known = own.world.agree(own.run.report.get("evaluation", {}))
+        if "base" in known:
+            own.base_samples = [Sample(**sample) for sample in known["base_samples"]]
+        elif own.data.heldout:
+            self.listener.stage("measuring the base model")
+            adapted = hasattr(model, "disable_adapter")
+            with model.disable_adapter() if adapted else contextlib.nullcontext():
+                scores, own.base_samples = evaluate(model, own.tokenizer, own.data, own.config.eval)
+            write_evaluation(own.run, base=scores, base_samples=own.base_samples)
+
+
 def _open_run(
     config: Config, data: PreparedData, resume: bool, listener: Listener, world: World
 ) -> tuple[RunFolder, Path | None]:
@@ -226,9 +253,7 @@ def _tell_data(data: PreparedData, listener: Listener) -> None:
         listener.note("nothing is held out (data.heldout, data.heldout_fraction): no evaluation")
 
 
-def _load(
-    config: Config, listener: Listener, shards: Shards | None, world: World
-) -> CausalLM:
+def _load(config: Config, listener: Listener, shards: Shards | None, world: World) -> CausalLM:
     dtype, reason = choose_dtype(config.model.dtype, config.train.parameters != "lora")
     kind = "NF4 weights, products in" if config.model.load_in_4bit else "weights in"
     if config.model.init == "random":
@@ -284,6 +309,8 @@ def _train(
     _put_engine(run, config, tuned, data, listener, shards)
     set_policies(tuned, plan.choice.policies)
     if shards is not None:
+        if checkpoint is not None:
+            load_before_spreading(tuned, checkpoint)
         tuned = spread(tuned, shards, config, world)
     # Weights and two AdamW moments, each in float32 at most, in every checkpoint and one more aside.
     num_bytes = 12 * trainable * (config.train.keep_checkpoints + 1 + config.eval.keep_best)
@@ -302,7 +329,12 @@ def _train(
             run,
             data.train,
             data.judged or data.heldout,
-            [metrics, stop, *callbacks],
+            [
+                metrics,
+                stop,
+                *callbacks,
+                *([] if shards is None else [BaseFirst(training, listener)]),
+            ],
             StepSettings(
                 replace(plan.packing, padded=not packs, buckets=buckets),
                 plan.flops_of,
@@ -322,9 +354,9 @@ def _train(
             seed_share(trainer, 0)
         elif run.writes:
             run.forget_metrics_after(int(checkpoint.name.removeprefix("step-")))
-        tracks = tracking(
-            run, config.train.trackers if run.writes else [], trainer.callback_handler.callbacks, listener.note
-        )
+        trackers = config.train.trackers if run.writes else []
+        heard = trainer.callback_handler.callbacks
+        tracks = tracking(run, trackers, heard, listener.note)
         with stop.listening(listener.note), tracks:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         done, steps = trainer.state.global_step, trainer.state.max_steps

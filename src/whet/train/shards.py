@@ -87,10 +87,18 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return all of a tensor, on the CPU; every process must ask."""
     if isinstance(tensor, DTensor):
         return tensor.detach().full_tensor().cpu()
+    if hasattr(tensor, "ds_id"):  # ZeRO 3
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().cpu().clone()
     return tensor.detach().cpu()
 
 
 def _gather_optimizer(trainer: WhetTrainer) -> dict[str, Any]:
+    assert trainer.shards is not None
+    if trainer.shards.kind.startswith("zero"):
+        return _gather_deepspeed(trainer)
     state: dict[str, Any] = trainer.optimizer.state_dict()  # type: ignore[union-attr]
     whole = {}
     for number, values in state["state"].items():
@@ -107,7 +115,11 @@ def load_optimizer_state(trainer: WhetTrainer, folder: str) -> None:
         trainer: Whose optimizer is made.
         folder: A checkpoint that was found whole.
     """
+    assert trainer.shards is not None
     kept = torch.load(f"{folder}/optimizer.pt", map_location="cpu", weights_only=True)
+    if trainer.shards.kind.startswith("zero"):
+        _load_deepspeed(trainer, kept)
+        return
     optimizer: Any = trainer.optimizer
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, values in kept["state"].items():
@@ -117,22 +129,70 @@ def load_optimizer_state(trainer: WhetTrainer, folder: str) -> None:
     optimizer.load_state_dict(kept)
 
 
+def _gather_deepspeed(trainer: WhetTrainer) -> dict[str, Any]:
+    """Return AdamW's or SGD's state as torch writes it, from DeepSpeed's flat pieces."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    flat = _flat_states(trainer)
+    keys = [key for key, value in flat[0].items() if key != "step"] if flat else []
+    state, number = {}, 0
+    for group in trainer.parameter_groups:
+        for parameter in group:
+            values = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
+            if trainer.world.is_first:
+                state[number] = {
+                    key: value.detach().cpu().clone().view(_shape(parameter))
+                    for key, value in values.items()
+                }
+                if "step" in flat[0]:
+                    state[number]["step"] = flat[0]["step"].detach().cpu().clone()
+            number += 1
+    groups, number = [], 0
+    optimizer: Any = trainer.optimizer
+    for group, members in zip(optimizer.param_groups, trainer.parameter_groups, strict=True):
+        settings = {key: value for key, value in group.items() if key != "params"}
+        groups.append({**settings, "params": list(range(number, number + len(members)))})
+        number += len(members)
+    return {"state": state, "param_groups": groups}
+
+
+def _load_deepspeed(trainer: WhetTrainer, kept: dict[str, Any]) -> None:
+    """Put a state that torch wrote into DeepSpeed's flat pieces, which are not made before a step."""
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    zero: Any = trainer.model_wrapped.optimizer
+    for piece in _flat_pieces(trainer):
+        made = {k: torch.zeros_like(piece) for k in kept["state"][0] if k != "step"}
+        if "step" in kept["state"][0]:
+            made["step"] = kept["state"][0]["step"].clone()
+        zero.optimizer.state[piece] = made
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # ZeRO 2 finds them by it
+        zero._lazy_init_hp_params_optimizer_state()
+    parameters = [p for group in trainer.parameter_groups for p in group]
+    for number, values in kept["state"].items():
+        for key, value in values.items():
+            if key != "step":
+                safe_set_full_optimizer_state(parameters[number], value, key)
+
+
+def _flat_pieces(trainer: WhetTrainer) -> list[torch.Tensor]:
+    zero: Any = trainer.model_wrapped.optimizer
+    stage3 = getattr(zero, "fp32_partitioned_groups_flat", None)
+    return list(zero.single_partition_of_fp32_groups if stage3 is None else stage3)
+
+
+def _flat_states(trainer: WhetTrainer) -> list[dict[str, torch.Tensor]]:
+    zero: Any = trainer.model_wrapped.optimizer
+    return [zero.optimizer.state[piece] for piece in _flat_pieces(trainer)]
+
+
+def _shape(parameter: torch.Tensor) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def _piece(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Cut a tensor that every process has all of, as another is cut."""
     if not isinstance(like, DTensor):
         return whole
     mesh = like.device_mesh
     return distribute_tensor(whole.to(like.device), mesh, like.placements, src_data_rank=None)
-
-
-def load_whole_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Load whole tensors into a model that is spread.
-
-    Args:
-        model: Some of its tensors may be missing in the weights, and stay as they are.
-        weights: By name.
-    """
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in weights:
-            with torch.no_grad():
-                tensor.copy_(_piece(weights[name].to(tensor.dtype), tensor))

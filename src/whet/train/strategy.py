@@ -1,6 +1,6 @@
 """DDP, FSDP2, DeepSpeed and tensor parallel: what each needs, and how a model is made ready for it.
 
-The names in `parallel.strategy` become calls of torch, transformers and accelerate here, and nowhere else.
+The names in `parallel.strategy` become calls of torch, transformers and accelerate here.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from typing import Any
 import torch
 
 from whet.config import Config
+from whet.engine.model import decoder_of
+from whet.engine.swap import base_of, decoder_layers
 from whet.errors import InputError
 from whet.model import CausalLM
+from whet.model.load import device
 from whet.sections import WITH_TRL
 from whet.train.optimizer_kinds import kind_of
 from whet.train.shards import Shards
@@ -56,9 +59,9 @@ def check_strategy(config: Config, world: World) -> list[str]:
     strategy = config.parallel.strategy
     if world.size == 1:
         return [] if strategy == "auto" else [f"one process: strategy {strategy} is not used"]
-    faults = list(faults(config, strategy))
-    if faults:
-        raise InputError.listing(f"{world.size} processes cannot run this config:", faults)
+    found = list(faults(config, strategy))
+    if found:
+        raise InputError.listing(f"{world.size} processes cannot run this config:", found)
     return []
 
 
@@ -83,6 +86,8 @@ def faults(config: Config, strategy: str) -> Iterator[str]:
         yield f"lora.init 'pissa' needs whole weights, and strategy {strategy} cuts them; take default"
     if config.plan.embeddings != "device":
         yield f"plan.embeddings '{config.plan.embeddings}' is for one process or strategy ddp"
+    if config.eval.keep_best:
+        yield f"eval.keep_best needs the whole model, and strategy {strategy} cuts it; take ddp"
     if config.method == "kto" and strategy != "tp":
         yield f"method 'kto' does not go with strategy {strategy}; take ddp"
     if config.model.load_in_4bit and strategy in ("deepspeed", "tp"):
@@ -106,24 +111,63 @@ def shards_of(config: Config, strategy: str) -> Shards | None:
 
 def loading_options(shards: Shards | None, world: World) -> dict[str, Any]:
     """Return arguments of transformers' `from_pretrained` for a model that will be spread."""
-    return {}
+    if shards is None or shards.kind != "tp":
+        return {}
+    from transformers.distributed import DistributedConfig
+
+    plan = DistributedConfig(tp_size=world.size, tp_plan="auto")
+    return {"distributed_config": plan, "device_map": None}
 
 
 def reason_without_engine(shards: Shards | None) -> str:
     """Say why the engine stands aside, or nothing."""
+    if shards is not None and shards.kind == "tp":
+        return "tensor parallel cuts each matrix, and the engine multiplies by whole ones"
     return ""
 
 
-def strategy_arguments(world: World, shards: Shards | None) -> dict[str, Any]:
+def strategy_arguments(config: Config, world: World, shards: Shards | None) -> dict[str, Any]:
     """Return what TrainingArguments must know of several processes."""
     if world.size == 1:
         return {}
-    return {
+    settings: dict[str, Any] = {
         # Every trained parameter has a gradient in every pass; buffers are constants.
         "ddp_find_unused_parameters": False,
         "ddp_broadcast_buffers": False,
         # The processes have been joined already.
         "accelerator_config": {"use_configured_state": True},
+    }
+    if shards is not None and shards.kind == "tp":
+        settings["save_strategy"] = "no"  # see callbacks.SaveEvery
+    if shards is not None and shards.kind.startswith("zero"):
+        # accelerate forgets about DeepSpeed where it is told of a CPU; the device is known already.
+        settings.update(deepspeed=deepspeed_config(config, world), use_cpu=False)
+    return settings
+
+
+def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
+    """Return DeepSpeed's config: ZeRO around the optimizer that whet makes.
+
+    Args:
+        config: The run's config.
+        world: The processes.
+    """
+    stage, offload = config.parallel.zero_stage, {"device": "cpu"}
+    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True}
+    if config.parallel.offload:
+        zero["offload_optimizer"] = offload
+        if stage == 3:
+            zero["offload_param"] = offload
+    return {
+        "zero_optimization": zero,
+        # A step's passes are whet's: DeepSpeed takes each for a batch of one and divides by nothing.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world.size,
+        "gradient_clipping": config.train.max_grad_norm,
+        # torch's AdamW, which needs no compiler.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
 
 
@@ -136,4 +180,45 @@ def spread(model: CausalLM, shards: Shards, config: Config, world: World) -> Cau
         config: The run's config.
         world: The processes.
     """
+    if shards.kind == "fsdp":
+        _shard_fully(model, config, world)
+    if shards.kind == "zero3":
+        from deepspeed.utils import set_z3_leaf_modules
+
+        # The engine reads a whole layer's weights at once: they come and go with the layer's own call.
+        layers = decoder_layers(decoder_of(base_of(model)))
+        set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
+    if shards.kind in ("fsdp", "tp"):
+        # accelerate's own mark: it is ready, and must not be put into DDP.
+        model._is_accelerate_prepared = True  # type: ignore[attr-defined]
     return model
+
+
+def _shard_fully(model: CausalLM, config: Config, world: World) -> None:
+    """Spread each layer's weights, and those outside of the layers together (FSDP2).
+
+    A layer's weights are whole from its call until its output is there, and again from when the
+    gradient of its output is: both through hooks around the layer's `__call__`, in which the engine's
+    functions read them. The tensors that a function has kept are the same ones in both, filled again.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    offload = config.parallel.offload and device().type == "cuda"
+    # 4-bit weights are bytes with scales beside them, and stay whole in each process.
+    whole = {p for p in model.parameters() if not p.is_floating_point()}
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(device().type, (world.size,)),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        "ignored_params": whole,
+    }
+    for layer in decoder_layers(decoder_of(base_of(model))):
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    if hasattr(model, "generate"):
+        register_fsdp_forward_method(model, "generate")

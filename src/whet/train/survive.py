@@ -37,12 +37,12 @@ class MemoryRanOutElsewhere(Exception):  # noqa: N818 - a message, not a fault o
     """Another process ran out of memory, and the step runs again.
 
     Args:
-        proposals: What each process wishes for.
+        wishes: What each process wishes for.
     """
 
-    def __init__(self, proposals: list[int]) -> None:
-        self.proposals = proposals
-        super().__init__(proposals)
+    def __init__(self, wishes: list[int]) -> None:
+        self.wishes = wishes
+        super().__init__(wishes)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

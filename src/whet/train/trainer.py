@@ -2,16 +2,16 @@
 
 It changes four things and leaves the loop alone: a batch of its loader is one whole optimizer step,
 which is cut into packed passes here, and the loss is summed over labelled tokens only and divided by
-the labels of the whole step, over all processes; memory that runs out in a pass makes the passes smaller and the step is
-run again; the order of an epoch depends on the seed and the epoch alone, so that a resumed run sees
-the rows it would have seen; and a checkpoint is written whole or not at all.
+the labels of the whole step, over all processes; memory that runs out in a pass makes the passes smaller
+and the step is run again; the order of an epoch depends on the seed and the epoch alone, so that a resumed
+run sees the rows it would have seen; and a checkpoint is written whole or not at all.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from whet.model import CausalLM, Tokenizer
 from whet.model.loss import summed_loss
 from whet.runs import RunFolder
 from whet.train.arguments import training_arguments
-from whet.train.callbacks import HeldOutWatch, StopAtSignal
+from whet.train.callbacks import HeldOutWatch, SaveEvery, StopAtSignal
 from whet.train.checkpoints import (
     load_optimizer,
     load_random_state,
@@ -118,6 +118,7 @@ class WhetTrainer(Trainer):
         self.packing = settings.packing  # smaller after memory ran out
         self.tokens_seen = 0
         self.times_eased = 0
+        self.parameter_groups: list[list[torch.Tensor]] = []
         self.at = (0, "forward")  # the pass of the step that is being computed, and its phase
         self.watch = HeldOutWatch(config.eval.patience, config.eval.keep_best)
         seed = config.train.seed if config.train.shuffle else None
@@ -126,6 +127,7 @@ class WhetTrainer(Trainer):
         self.world = world = settings.world
         self.shards = settings.shards
         self.stop: StopAtSignal | None = None
+        is_cut = settings.shards is not None and settings.shards.kind == "tp"
         shares = world.shares if self._draws_its_share else 1
         self.sampler = StepSampler(
             lengths, options.batch_size, seed, options.batch_tokens, shares, world.share % shares
@@ -133,14 +135,16 @@ class WhetTrainer(Trainer):
         super().__init__(
             model=model,
             args=training_arguments(
-                config, run, settings.checkpoints and _has_own_code(model),
-                strategy_arguments(world, settings.shards),
+                config,
+                run,
+                settings.checkpoints and _has_own_code(model),
+                strategy_arguments(config, world, settings.shards),
             ),
             train_dataset=train,  # type: ignore[arg-type]
             eval_dataset=heldout or None,  # type: ignore[arg-type]
             processing_class=tokenizer,
             data_collator=list,  # type: ignore[arg-type]
-            callbacks=[*callbacks, self.watch],
+            callbacks=[*callbacks, self.watch, *([SaveEvery()] if is_cut else [])],
         )
         self.meter = Meter(self.args.device)
         self.remove_callback(PrinterCallback)  # the front end shows the progress
@@ -165,6 +169,8 @@ class WhetTrainer(Trainer):
             self.optimizer = make_optimizer(self.model, self.args, train, names)
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh:
+            # DeepSpeed puts flat pieces in their place.
+            self.parameter_groups = [list(group["params"]) for group in optimizer.param_groups]
             step_again_when_out_of_memory_(optimizer, self._tell_of_the_optimizer)
         return optimizer
 
@@ -199,12 +205,12 @@ class WhetTrainer(Trainer):
             passes = self._cut(rows)
             if self._steps_in_backward:
                 check_one_pass(len(passes))
-            proposals: list[int] = []
+            wishes: list[int] = []
             try:
                 loss = self._run_passes(model, passes, num_items)
                 break
             except MemoryRanOutElsewhere as elsewhere:
-                proposals, reason = elsewhere.proposals, "another process's memory ran out"
+                wishes, reason = elsewhere.wishes, "another process's memory ran out"
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -215,7 +221,8 @@ class WhetTrainer(Trainer):
             model.zero_grad()
             self._forget_graphs()
             free_memory()
-            make_room(self, passes, reason, proposals or self._tell_the_others(passes, reason))
+            wishes = wishes or self._tell_the_others(model, passes, reason)
+            make_room(self, passes, reason, wishes)
             state.restore()
         for group in passes:
             self._count(group)
@@ -330,42 +337,40 @@ class WhetTrainer(Trainer):
         return total
 
     def _run_empty_pass(
-        self, model: Any, num_items: torch.Tensor, number: int, last: bool
+        self, model: Any, num_items: torch.Tensor, number: int, last: bool, agreed: bool = False
     ) -> None:
         """Run a pass that counts nothing: its loss, and so its gradients, are multiplied by zero."""
         rows: Any = self.train_dataset
-        batch = self._make_batch([rows[0]], rounded=False)
+        shortest = rows[int(self.sampler.lengths.argmin())]
+        batch = self._make_batch([shortest], rounded=False)
         with self._gradients_meet(model, last):
-            self._run_pass(model, batch, num_items, number, last=last, weight=0.0)
+            asks = last and not agreed
+            self._run_pass(model, batch, num_items, number, last=asks, weight=0.0)
 
     def _gradients_meet(self, model: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
         if self.shards is not None:
             return self.shards.gradients_meet(self, model, last)
         return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
 
-    def _tell_the_others(self, passes: list[list[Tokens]], reason: str) -> list[int]:
+    def _tell_the_others(self, model: Any, passes: list[list[Tokens]], reason: str) -> list[int]:
         """Say that memory ran out here, and return what every process wants done about it."""
         wish = wish_for(self, passes)
         if self.world.size == 1:
             return [wish]
         if self.shards is not None or self.at[1] == "gradients meet":
             raise cannot_step_again(self.world.rank, reason)
-        wishes = self.accelerator.gather(torch.tensor([wish], device=self.args.device))
-        return wishes.tolist()  # type: ignore[union-attr]
+        wishes = self._gather_wishes(wish)
+        # The others are in a pass after which DDP reduces, and have to get out of it: what is reduced
+        # is thrown away.
+        at = self.at
+        self._run_empty_pass(model, torch.ones(()), at[0], last=True, agreed=True)
+        model.zero_grad()
+        self.at = at
+        return wishes
 
-    def _wait_for_the_others(self) -> None:
-        """Wait until each process has got to its last backward pass.
-
-        Raises:
-            MemoryRanOutElsewhere: One has not, and all step again.
-        """
-        if self.world.size == 1 or self.shards is not None:
-            return
-        wishes = self.accelerator.gather(torch.tensor([FITS], device=self.args.device))
-        found: list[int] = wishes.tolist()  # type: ignore[union-attr]
-        if max(found) > FITS:
-            raise MemoryRanOutElsewhere(found)
-        self.at = (self.at[0], "gradients meet")
+    def _gather_wishes(self, wish: int) -> list[int]:
+        wishes: Any = self.accelerator.gather(torch.tensor([wish], device=self.args.device))
+        return wishes.tolist()
 
     def _make_batch(self, group: Sequence[Tokens], rounded: bool) -> Any:
         if not self.packing.padded and takes_packed(self.model) and fuses_head(self.model):
@@ -405,13 +410,17 @@ class WhetTrainer(Trainer):
         if weight != 1.0:
             loss = loss * weight
         self.at = (number, "backward")
-        if last:
-            self._wait_for_the_others()
+        wishes = [FITS]
+        if last and self.world.size > 1 and self.shards is None:
+            wishes = self._gather_wishes(FITS)  # nobody begins it before all can
+            self.at = (number, "gradients meet")
         options: dict[str, Any] = {}
         if self.args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
             options["learning_rate"] = self._get_learning_rate()
         with self.meter.phase("backward"):
             self.accelerator.backward(loss, **options)
+        if max(wishes) > FITS:
+            raise MemoryRanOutElsewhere(wishes)
         return loss.detach()
 
     def _count(self, group: Sequence[Tokens]) -> None:
@@ -489,9 +498,25 @@ class WhetTrainer(Trainer):
         del model, trial
         write_checkpoint(self)
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        """Wrap the model and make the optimizer; load what a checkpoint holds of a spread model."""
+        if self.shards is None:
+            return super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:  # its weights were loaded before they were spread
+            restore_checkpoint(self, Path(resume_from_checkpoint))
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        return prepared
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        restore_checkpoint(self, Path(resume_from_checkpoint))
+        if self.shards is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            restore_checkpoint(self, Path(resume_from_checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.world.size == 1 or checkpoint is None:

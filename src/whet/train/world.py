@@ -52,7 +52,7 @@ class World:
 
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
-        """Run the body in rank 0, then in the others: what it makes, such as a cache, is there by then."""
+        """Run the body in rank 0, then in the others: what it makes is there by then."""
         if self.size == 1:
             yield
             return
