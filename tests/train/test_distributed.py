@@ -34,7 +34,9 @@ def test_any_number_of_processes_draws_the_same_global_steps():
     for batch in ({"batch_size": 4}, {"batch_size": 1, "batch_tokens": 20}):
         alone = [sorted(rows) for rows in StepSampler(lengths, seed=1, **batch)]
         for num in (2, 4):
-            parts = [list(StepSampler(lengths, seed=1, shares=num, share=n, **batch)) for n in range(num)]
+            parts = [
+                list(StepSampler(lengths, seed=1, shares=num, share=n, **batch)) for n in range(num)
+            ]
             assert [sorted(sum(rows, [])) for rows in zip(*parts, strict=True)] == alone
 
 

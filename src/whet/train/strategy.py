@@ -141,7 +141,9 @@ def strategy_arguments(config: Config, world: World, shards: Shards | None) -> d
         settings["save_strategy"] = "no"  # see callbacks.SaveEvery
     if shards is not None and shards.kind.startswith("zero"):
         # accelerate forgets about DeepSpeed where it is told of a CPU; the device is known already.
-        settings.update(deepspeed=deepspeed_config(config, world), use_cpu=False)
+        settings.update(
+            deepspeed=deepspeed_config(config, world), use_cpu=False, per_device_train_batch_size=1
+        )
     return settings
 
 

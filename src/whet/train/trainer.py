@@ -159,6 +159,12 @@ class WhetTrainer(Trainer):
         # The sampler has cut the step already: accelerate must not deal whole steps to processes.
         return prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
 
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Leave out of accelerate's arguments what it refuses on a CPU, and what whet has done itself."""
+        found = super()._build_accelerator_args(**kwargs)
+        found.pop("parallelism_config", None)
+        return found
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimizer, which steps again when memory runs out before it changed anything."""
         fresh = self.optimizer is None
