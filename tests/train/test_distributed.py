@@ -112,6 +112,38 @@ def together(base_config, tmp_path_factory):
     return start(tmp_path_factory.mktemp("jobs"), jobs)
 
 
+@pytest.fixture(scope="module")
+def deepspeed(base_config, tmp_path_factory):
+    """The runs of two processes with DeepSpeed, which needs a group of its own."""
+    pytest.importorskip("deepspeed", reason="pip install 'whet[deepspeed]'")
+
+    def job(name, changes, **more):
+        changes = {"parallel.strategy": "deepspeed", **changes}
+        return {"name": name, "config": settings(base_config, name, changes).model_dump(), **more}
+
+    jobs = [
+        job("zero2-lora", {}),
+        job("zero2-full", FULL),
+        job("zero3-lora", {"parallel.zero_stage": 3}),
+        job("zero3-full", {**FULL, "parallel.zero_stage": 3}),
+        job("zero-half", {**FULL, "train.max_steps": 3}),
+        job("zero-half", {**FULL, "parallel.zero_stage": 3}, resume=True),
+    ]
+    return start(tmp_path_factory.mktemp("jobs"), jobs)
+
+
+@pytest.mark.parametrize("name", ["zero2-lora", "zero2-full", "zero3-lora", "zero3-full"])
+def test_losses_with_deepspeed_are_those_of_one_process(alone, deepspeed, name):
+    like = alone[name.partition("-")[2]]
+    assert deepspeed[name]["losses"] == pytest.approx(losses(like), abs=1e-5)
+    assert deepspeed[name]["norms"] == pytest.approx(norms(like), rel=1e-4)
+    assert deepspeed[name]["report"]["engine"]["layers_fused"] == 2
+
+
+def test_stage_3_goes_on_with_a_checkpoint_of_stage_2(alone, deepspeed):
+    assert deepspeed["zero-half"]["losses"] == pytest.approx(losses(alone["full"]), abs=1e-5)
+
+
 def losses(run):
     return [row["loss"] for row in run.metrics() if "loss" in row]
 

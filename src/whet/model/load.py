@@ -166,8 +166,8 @@ def device() -> torch.device:
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = os.environ.get("LOCAL_RANK", "")  # of several processes each has a GPU
-    return torch.device("cuda", int(local_rank)) if local_rank else torch.device("cuda")
+    rank = os.environ.get("LOCAL_RANK")  # of several processes each has a GPU
+    return torch.device("cuda" if rank is None else f"cuda:{rank}")
 
 
 def choose_dtype(name: str | None, full: bool) -> tuple[torch.dtype, str]:

@@ -35,7 +35,13 @@ from whet.train.optimizers import (
     state_loading,
     turn_optimizer,
 )
-from whet.train.shards import WholeState, gather_state, gather_weights, load_optimizer_state
+from whet.train.shards import (
+    WholeState,
+    gather_state,
+    gather_weights,
+    load_optimizer_state,
+    save_spread,
+)
 
 if TYPE_CHECKING:
     from whet.config import Config
@@ -83,8 +89,7 @@ def _write_files(
         trainer.save_model(str(folder), _internal_call=True)
         trainer._save_optimizer_and_scheduler(str(folder))
     else:
-        model: Any = trainer.model
-        model.save_pretrained(str(folder), state_dict=whole.weights)
+        save_spread(trainer, folder, whole.weights)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(str(folder))
         torch.save(whole.optimizer, folder / "optimizer.pt")
@@ -389,11 +394,13 @@ def save_weights(
     if lora and config.lora.init == "pissa":
         # PiSSA moves part of the base into the adapter: saved as it is, it would not fit the base.
         options["path_initial_model_for_weight_conversion"] = start
-    if trainer.shards is not None:
-        options["state_dict"] = gather_weights(trainer)
+    weights = None if trainer.shards is None else gather_weights(trainer)
     if trainer.world.is_first:
         model: Any = trainer.model
         with whole_folder(run.adapter_dir if lora else run.model_dir) as folder:
-            model.save_pretrained(str(folder), **options)
+            if weights is None:
+                model.save_pretrained(str(folder), **options)
+            else:
+                save_spread(trainer, folder, weights)
             tokenizer.save_pretrained(str(folder))
     trainer.world.agree(None)

@@ -6,17 +6,15 @@ in a Listener and show what it hears; this module prints nothing.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from whet.config import Config
 from whet.data.gates import check_gates, require_method
@@ -39,7 +37,6 @@ from whet.model.load import (
     require_weights,
 )
 from whet.model.lora import check_parameters, count_parameters, prepare_parameters
-from whet.plan.plan import Plan
 from whet.runs import RunFolder, require_free, resume_run, start_run
 from whet.sections import PREFERENCES, WITH_TRL
 from whet.train.callbacks import Metrics, StopAtSignal, peak_memory_bytes
@@ -57,8 +54,9 @@ from whet.train.optimizer_kinds import check_optimizer
 from whet.train.planning import choose_graphs, ease, plan_run, probe_run, tell_event
 from whet.train.plot import plot_loss
 from whet.train.preference import trainer_of
-from whet.train.results import write_evaluation, write_samples
+from whet.train.results import BaseFirst, Training, write_evaluation, write_samples
 from whet.train.shards import Shards
+from whet.train.steps import StepSettings
 from whet.train.strategy import (
     check_strategy,
     join_world,
@@ -68,7 +66,6 @@ from whet.train.strategy import (
     spread,
 )
 from whet.train.trackers import check_trackers, tracking
-from whet.train.trainer import StepSettings
 from whet.train.world import World
 
 TOLD_SECONDS = 5  # between two lines on how far reading the data is
@@ -148,58 +145,6 @@ def fit(
         peak = max(run.report.get("peak_bytes", 0), *world.gather(peak_memory_bytes()))
         run.update_report(seconds=time.perf_counter() - started, peak_bytes=peak)
     return run
-
-
-@dataclass
-class Training:
-    """What one run trains with.
-
-    Args:
-        run: Its folder.
-        config: Its config.
-        tokenizer: The model's.
-        data: The prepared rows.
-        plan: How the memory is used.
-        world: The processes.
-        shards: How the model is spread over them, or None.
-        base_samples: The base model's answers, where they are measured on the spread model.
-    """
-
-    run: RunFolder
-    config: Config
-    tokenizer: Tokenizer
-    data: PreparedData
-    plan: Plan
-    world: World
-    shards: Shards | None
-    base_samples: list[Sample] = field(default_factory=list)
-
-
-class BaseFirst(TrainerCallback):
-    """Measures the base model once it is spread: whole it may not fit into a process.
-
-    Args:
-        training: Its answers are kept there.
-        listener: Hears of it.
-    """
-
-    def __init__(self, training: Training, listener: Listener) -> None:
-        self.training, self.listener = training, listener
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
-        """Measure, with the adapter turned off."""
-        own, model = self.training, more["model"]
-        known = own.world.agree(own.run.report.get("evaluation", {}))
-        if "base" in known:
-            own.base_samples = [Sample(**sample) for sample in known["base_samples"]]
-        elif own.data.heldout:
-            self.listener.stage("measuring the base model")
-            adapted = hasattr(model, "disable_adapter")
-            with model.disable_adapter() if adapted else contextlib.nullcontext():
-                scores, own.base_samples = evaluate(model, own.tokenizer, own.data, own.config.eval)
-            write_evaluation(own.run, base=scores, base_samples=own.base_samples)
 
 
 def _open_run(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -73,14 +74,32 @@ def gather_weights(trainer: WhetTrainer) -> dict[str, torch.Tensor]:
     """Put the weights together in rank 0, of an adapted model those that are trained."""
     model: Any = trainer.model
     adapted = hasattr(model, "peft_config")
-    found = {}
+    found: dict[str, torch.Tensor] = {}
+    seen = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if adapted and not tensor.requires_grad:
-            continue
+        if (adapted and not tensor.requires_grad) or id(tensor) in seen:
+            continue  # frozen, or tied to one that is there
+        seen.add(id(tensor))
         whole = _whole(tensor)
         if trainer.world.is_first:
             found[name] = whole
     return found
+
+
+def save_spread(trainer: WhetTrainer, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write a model as a single process would, from weights that rank 0 has put together.
+
+    Args:
+        trainer: Of the model.
+        folder: Where to.
+        weights: All of them, or those of its adapter.
+    """
+    model: Any = trainer.model
+    # transformers would wait for the other processes to save with it, and note how it was cut.
+    cut = vars(model.config).pop("distributed_config", None)
+    model.save_pretrained(str(folder), state_dict=weights)
+    if cut is not None:
+        model.config.distributed_config = cut
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -147,13 +166,19 @@ def _gather_deepspeed(trainer: WhetTrainer) -> dict[str, Any]:
                 if "step" in flat[0]:
                     state[number]["step"] = flat[0]["step"].detach().cpu().clone()
             number += 1
-    groups, number = [], 0
+    return {"state": state, "param_groups": _plain_groups(trainer)}
+
+
+def _plain_groups(trainer: WhetTrainer) -> list[dict[str, Any]]:
+    """Return the optimizer's groups with numbers for parameters; DeepSpeed drops empty ones."""
     optimizer: Any = trainer.optimizer
-    for group, members in zip(optimizer.param_groups, trainer.parameter_groups, strict=True):
+    live, number, groups = list(optimizer.param_groups), 0, []
+    for members in trainer.parameter_groups:
+        group = live.pop(0) if members else {**optimizer.param_groups[0], "weight_decay": 0.0}
         settings = {key: value for key, value in group.items() if key != "params"}
         groups.append({**settings, "params": list(range(number, number + len(members)))})
         number += len(members)
-    return {"state": state, "param_groups": groups}
+    return groups
 
 
 def _load_deepspeed(trainer: WhetTrainer, kept: dict[str, Any]) -> None:

@@ -90,6 +90,8 @@ def faults(config: Config, strategy: str) -> Iterator[str]:
         yield f"eval.keep_best needs the whole model, and strategy {strategy} cuts it; take ddp"
     if config.method == "kto" and strategy != "tp":
         yield f"method 'kto' does not go with strategy {strategy}; take ddp"
+    if train.parameters == "lora" and strategy == "tp":
+        yield "train.parameters 'lora' does not go with strategy tp, which cuts matrices; take fsdp"
     if config.model.load_in_4bit and strategy in ("deepspeed", "tp"):
         yield f"model.load_in_4bit does not go with strategy {strategy}; take ddp or fsdp"
 
