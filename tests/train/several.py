@@ -2,12 +2,13 @@
 
     torchrun --nproc-per-node 2 tests/train/several.py JOBS.json
 
-JOBS.json lists runs: a config, whether it goes on from a checkpoint, and what befalls which process. Beside it
-rank 0 writes NAME.json for each: the losses, the norms of the gradients, and what the run said.
+JOBS.json lists runs: a config, whether it goes on from a checkpoint, and what befalls which process. Beside
+it rank 0 writes NAME.json for each: the losses, the norms of the gradients, and what the run said.
 """
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def main(file: Path) -> None:
     for job in json.loads(file.read_text()):
         notes = Notes()
         befall(job)
+        if job.get("forget") and os.environ["RANK"] == "0":
+            shutil.rmtree(job["forget"])
         run = recipe.fit(load_config(job["config"]), job.get("resume", False), notes)
         if run.writes:
             rows = run.metrics()

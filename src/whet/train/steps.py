@@ -1,8 +1,8 @@
 """How a step is computed: its passes, one after another, in each of the processes that share it.
 
-A batch of the loader is one whole optimizer step, or this process's part of it. It is cut into packed passes
-here, and the loss is summed over labelled tokens only and divided by the labels of the whole step, over all
-processes; memory that runs out in a pass makes the passes smaller, and the step is run again.
+A batch of the loader is one whole optimizer step, or this process's part of it. It is cut into packed
+passes here, and the loss is summed over labelled tokens only and divided by the labels of the whole step,
+over all processes; memory that runs out in a pass makes the passes smaller, and the step is run again.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """whet's subclass of transformers.Trainer.
 
 It changes four things and leaves the loop alone: a batch of its loader is one whole optimizer step, which
-is computed in packed passes (steps.py); memory that runs out in a pass makes the passes smaller and the step
-is run again; the order of an epoch depends on the seed and the epoch alone, so that a resumed run sees the
-rows it would have seen; and a checkpoint is written whole or not at all, and is the same folder however
-many processes wrote it.
+is computed in packed passes (steps.py); memory that runs out in a pass makes the passes smaller and the
+step is run again; the order of an epoch depends on the seed and the epoch alone, so that a resumed run
+sees the rows it would have seen; and a checkpoint is written whole or not at all, and is the same folder
+however many processes wrote it.
 """
 
 from __future__ import annotations
