@@ -7,6 +7,7 @@ inside the functions, so that `--help` answers at once.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +24,13 @@ from whet.cli_options import (
     Commands,
     ConfigPath,
     DataFile,
+    MaxRestarts,
+    NodeRank,
+    NumNodes,
+    NumProcesses,
+    Rendezvous,
     RunOrModel,
+    Strategy,
     keys,
 )
 from whet.cli_setup import setup
@@ -106,24 +113,45 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved config and stop.")
     ] = False,
+    nproc: NumProcesses = None,
+    nnodes: NumNodes = 1,
+    node_rank: NodeRank = None,
+    rdzv: Rendezvous = None,
+    strategy: Strategy = None,
+    max_restarts: MaxRestarts = 0,
 ) -> None:
     """Train as CONFIG says; measure the base and the tuned model on the held-out rows."""
-    settings = load_config(config, set_ or [])
+    changes = [*(set_ or []), *([f"parallel.strategy={strategy}"] if strategy else [])]
+    settings = load_config(config, changes)
     if print_config:
         typer.echo(to_yaml(settings), nl=False)
         return
     require_sources(settings.data)
+    if any((nproc, nnodes > 1, "RANK" in os.environ, "ACCELERATE_MIXED_PRECISION" in os.environ)):
+        from whet.train.launch import Launch, must_start, run_processes
+
+        launch = Launch(nproc, nnodes, node_rank, rdzv, max_restarts)
+        if must_start(launch):
+            assigned = [part for change in changes for part in ("--set", change)]
+            run_processes(["train", config, *assigned, *(["--resume"] if resume else [])], launch)
+            return
     _quiet_libraries()
     from whet.terminal import Terminal, show_end, show_evaluation
+    from whet.train.launch import as_one_of_several, is_first
+    from whet.train.listen import LogListener
 
     terminal = Terminal()
-    terminal.stage(f"whet {__version__}: {config}, starting")
+    if is_first():
+        terminal.stage(f"whet {__version__}: {config}, starting")
     from whet.train.recipe import fit
 
     try:
-        run = fit(settings, resume, terminal)
+        with as_one_of_several():
+            run = fit(settings, resume, terminal if is_first() else LogListener(quiet=True))
     finally:
         terminal.finish()
+    if not is_first():
+        return
     report = run.report
     if "tuned" in report.get("evaluation", {}):
         show_evaluation(terminal.out, report["evaluation"], settings.eval.samples)

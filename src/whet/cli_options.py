@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -55,6 +55,24 @@ RepetitionPenalty = Annotated[
 Stop = Annotated[
     list[str] | None,
     typer.Option(help="Text that ends an answer; may be repeated; \\n is a newline."),
+]
+NumProcesses = Annotated[
+    int | None, typer.Option("--nproc", min=1, help="Processes on this machine, one a GPU.")
+]
+NumNodes = Annotated[int, typer.Option("--nnodes", min=1, help="Machines.")]
+NodeRank = Annotated[
+    int | None, typer.Option("--node-rank", min=0, help="Number of this machine, from 0.")
+]
+Rendezvous = Annotated[
+    str | None, typer.Option("--rdzv", metavar="HOST:PORT", help="Where machines meet: machine 0.")
+]
+Strategy = Annotated[
+    Literal["auto", "ddp", "fsdp", "deepspeed", "tp"] | None,
+    typer.Option("--strategy", help="How processes share the work; as parallel.strategy."),
+]
+MaxRestarts = Annotated[
+    int,
+    typer.Option("--max-restarts", min=0, help="Times to go on by itself after a process failed."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 

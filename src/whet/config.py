@@ -21,6 +21,7 @@ from whet.sections import (
     LoraSection,
     ModelSection,
     PackSection,
+    ParallelSection,
     PlanSection,
     PreferenceSection,
     RunSection,
@@ -68,6 +69,8 @@ class Config(Section):
     """How layers and loss are computed."""
     plan: PlanSection = PlanSection()
     """What the memory is used for."""
+    parallel: ParallelSection = ParallelSection()
+    """How several processes share the work."""
     eval: EvalSection = EvalSection()
     """What is measured."""
     preference: PreferenceSection = PreferenceSection()

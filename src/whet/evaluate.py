@@ -108,7 +108,7 @@ def mean_loss(model: CausalLM, rows: Sequence[Tokens], batch_size: int) -> tuple
     ordered = sorted(rows, key=lambda tokens: len(tokens.input_ids))
     for start in range(0, len(ordered), batch_size):
         batch = collate(ordered[start : start + batch_size], pad_token_id=0)
-        with torch.inference_mode():
+        with torch.no_grad():  # a model that is spread keeps what it gathered, to train with it
             summed, num = summed_loss(model, {k: v.to(model.device) for k, v in batch.items()})
         total += summed.item()
         count += num

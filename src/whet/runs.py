@@ -28,6 +28,7 @@ RESUMABLE_KEYS = {
     "train.checkpoint_steps", "train.keep_checkpoints", "eval.batch_size", "eval.exact_match",
     "eval.max_new_tokens", "eval.samples", "eval.max_rows", "eval.steps",
     "eval.patience", "eval.keep_best", "train.trackers",
+    "parallel.strategy", "parallel.zero_stage", "parallel.offload",
 }  # fmt: skip
 
 
@@ -39,10 +40,11 @@ class RunFolder:
 
     Args:
         path: The folder, whether it is there yet or not.
+        writes: Whether this process writes reports and holds the lock; of several one does.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, writes: bool = True) -> None:
+        self.path, self.writes = Path(path), writes
         self.config_file = self.path / "config.yaml"
         self.report_file = self.path / "report.json"
         self.metrics_file = self.path / "metrics.jsonl"
@@ -52,6 +54,7 @@ class RunFolder:
         self.adapter_dir = self.path / "adapter"
         self.model_dir = self.path / "model"
         self.lock_file = self.path / ".lock"
+        self.ranks_dir = self.path / "ranks"  # what the processes but the first have to say
 
     @staticmethod
     def is_run(path: str | Path) -> bool:
@@ -105,6 +108,8 @@ class RunFolder:
 
     def update_report(self, **parts: Any) -> None:
         """Replace parts of report.json, by their top-level keys."""
+        if not self.writes:
+            return
         write_text(self.report_file, json.dumps({**self.report, **parts}, indent=2) + "\n")
 
     def checkpoints(self) -> list[Path]:
@@ -134,6 +139,9 @@ class RunFolder:
         Raises:
             InputError: A living process holds the run.
         """
+        if not self.writes:
+            yield
+            return
         make_folder(self.path)
         holder = _living_holder(self.lock_file)
         if holder is not None:

@@ -254,6 +254,22 @@ class PlanSection(Section):
     it where the plan is a rough one or uses more than half of the memory."""
 
 
+class ParallelSection(Section):
+    """How several processes share the work, when there are several (`--nproc`, torchrun, accelerate).
+
+    None of it changes the mathematics.
+    """
+
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed", "tp"] = "auto"
+    """ddp: each process has the whole model. fsdp: layers are spread over the processes (FSDP2).
+    deepspeed: ZeRO. tp: each layer's matrices are spread (tensor parallel). auto takes the first of ddp
+    and fsdp that fits into the memory."""
+    zero_stage: Literal[2, 3] = 2
+    """deepspeed: spread optimizer state and gradients (2), or the weights too (3)."""
+    offload: bool = False
+    """deepspeed and fsdp: keep what is spread in host memory, and with deepspeed step there."""
+
+
 class EvalSection(Section):
     """What is measured on the held-out rows, for the base and for the tuned model."""
 

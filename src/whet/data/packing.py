@@ -9,6 +9,7 @@ fewest passes). Examples are never split unless asked for.
 from __future__ import annotations
 
 import hashlib
+import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -195,6 +196,8 @@ class StepSampler:
         batch_tokens: Tokens of one step, on average: as many steps as the epoch's tokens make at that
             size, each taking rows until its share of them is reached.
         seed: Seed of the run; None keeps the rows in their order.
+        shares: Processes that divide each step among them; the steps are the same for any number.
+        share: Which part of a step comes out here. It may be empty.
     """
 
     def __init__(
@@ -203,8 +206,11 @@ class StepSampler:
         batch_size: int,
         seed: int | None,
         batch_tokens: int | None = None,
+        shares: int = 1,
+        share: int = 0,
     ) -> None:
         self.lengths = np.asarray(lengths, np.int64)
+        self.shares, self.share = shares, share
         self.batch_size, self.seed = batch_size, seed
         self.batch_tokens = batch_tokens
         self.epoch = 0
@@ -234,6 +240,15 @@ class StepSampler:
         return torch.randperm(len(self.lengths), generator=generator).numpy()
 
     def __iter__(self) -> Iterator[list[int]]:
+        for rows in self.steps():
+            if self.shares == 1:
+                yield rows
+                continue
+            part = fair_shares(self.lengths[rows].tolist(), self.shares)[self.share]
+            yield [rows[i] for i in part]
+
+    def steps(self) -> Iterator[list[int]]:
+        """Return the rows of each step of the epoch, over all processes."""
         order = self._order(self.epoch)
         if self.batch_tokens is None:
             for start in range(0, len(order), self.batch_size):
@@ -248,6 +263,27 @@ class StepSampler:
                 stop += 1
             yield order[start:stop].tolist()
             start = stop
+
+
+def fair_shares(costs: Sequence[int], num: int) -> list[list[int]]:
+    """Divide items so that the largest share is small: the costliest item first, to whoever has least.
+
+    Longest processing time first (Graham 1969): within 4/3 of the best. The same for everyone who asks.
+
+    Args:
+        costs: Cost of each item, such as its tokens.
+        num: Shares.
+
+    Returns:
+        The items' numbers, share by share, each in rising order; a share may be empty.
+    """
+    loads = [(0, share) for share in range(num)]
+    shares: list[list[int]] = [[] for _ in range(num)]
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, share = heapq.heappop(loads)
+        shares[share].append(item)
+        heapq.heappush(loads, (load + costs[item], share))
+    return [sorted(items) for items in shares]
 
 
 def efficiency(packing: Packing, steps: Sequence[Sequence[Tokens]]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,10 +96,13 @@ def resolve(name: str) -> str:
 
 
 def device() -> torch.device:
-    """Return the device that whet trains on: the first CUDA device, or else the CPU."""
+    """Return the device that whet trains on: this process's CUDA device, or else the CPU."""
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = os.environ.get("LOCAL_RANK")  # of several processes each has a GPU
+    return torch.device("cuda" if rank is None else f"cuda:{rank}")
 
 
 def choose_dtype(name: str | None, full: bool) -> tuple[torch.dtype, str]:

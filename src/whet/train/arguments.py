@@ -19,13 +19,16 @@ def _checkpointing(on: bool) -> dict[str, Any]:
     return {new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing": on}
 
 
-def training_arguments(config: Config, run: RunFolder, checkpoints: bool) -> TrainingArguments:
+def training_arguments(
+    config: Config, run: RunFolder, checkpoints: bool, more: dict[str, Any] | None = None
+) -> TrainingArguments:
     """Translate the config into transformers' arguments.
 
     Args:
         config: The run's config.
         run: The run's folder.
         checkpoints: Turn on transformers' gradient checkpointing.
+        more: What several processes need (strategy.py).
     """
     from whet.model.load import choose_dtype, device
 
@@ -66,7 +69,7 @@ def training_arguments(config: Config, run: RunFolder, checkpoints: bool) -> Tra
         run_name=run.path.name,
         project=PROJECT,  # of trackio
     )
-    arguments = TrainingArguments(**{**settings, **optimizer_arguments(train)})
+    arguments = TrainingArguments(**{**settings, **optimizer_arguments(train), **(more or {})})
     # One process drives one GPU. Left alone, transformers puts DataParallel over all it sees.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from whet.errors import WhetError
 from whet.runs import RunFolder, writing
 from whet.sensors import Sensors, training_gpus
+from whet.train.world import World
 
 if TYPE_CHECKING:
     from whet.plan.plan import Plan
@@ -84,10 +87,18 @@ class Metrics(TrainerCallback):
         run: The run's folder.
         show: Called with each Progress; may be None.
         plan: Tells the planned peak and what the device can do.
+        world: The processes; rank 0 writes what they do together, the others what they do.
     """
 
-    def __init__(self, run: RunFolder, show: Callable[[Progress], None] | None, plan: Plan) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        show: Callable[[Progress], None] | None,
+        plan: Plan,
+        world: World | None = None,
+    ) -> None:
         self.run, self.show, self.plan = run, show, plan
+        self.world = world or World()
         self.trainer: WhetTrainer | None = None
         self.sensors: Sensors | None = None
         self._start = self._last = 0.0
@@ -175,9 +186,15 @@ class Metrics(TrainerCallback):
         assert self.trainer is not None
         now, steps = time.perf_counter(), state.global_step - self._last_step
         counts, phases = self.trainer.meter.take()
+        memory = peak_memory_bytes()
+        own = {"step": state.global_step, "memory_bytes": memory, **counts}
+        append_rank_line(self.run, self.world, {**own, "seconds_in": phases})
+        everyone = self.world.gather((dict(counts), memory))
+        counts = sum((Counter(c) for c, _ in everyone[:: self.world.tensor]), Counter())
+        memory = max(bytes_ for _, bytes_ in everyone)
         passed, done = now - self._last, state.global_step - self._first_step
         self._last, self._last_step = now, state.global_step
-        possible = self.plan.target.speed.flops * passed
+        possible = self.plan.target.speed.flops * passed * self.world.size
         return Progress(
             step=state.global_step,
             num_steps=state.max_steps,
@@ -189,7 +206,7 @@ class Metrics(TrainerCallback):
             entered_per_second=counts["entered_tokens"] / passed,
             mfu=counts["model_flops"] / possible,
             hfu=counts["hardware_flops"] / possible,
-            memory_bytes=peak_memory_bytes(),
+            memory_bytes=memory,
             planned_bytes=self.plan.choice.peak_bytes,
             seconds_in={name: seconds / steps for name, seconds in phases.items()},
             seconds=now - self._start,
@@ -215,7 +232,25 @@ def append_line(run: RunFolder, line: dict[str, Any]) -> None:
         run: The run's folder.
         line: What JSON can say.
     """
+    if not run.writes:
+        return
     with writing(run.metrics_file), open(run.metrics_file, "a", encoding="utf-8") as f:
+        f.write(json.dumps(line) + "\n")
+
+
+def append_rank_line(run: RunFolder, world: World, line: dict[str, Any]) -> None:
+    """Append what one of several processes did to its own file, ranks/rank-N.jsonl.
+
+    Args:
+        run: The run's folder.
+        world: The processes; where there is one, metrics.jsonl says it all.
+        line: What JSON can say.
+    """
+    if world.size == 1:
+        return
+    run.ranks_dir.mkdir(exist_ok=True)
+    file = run.ranks_dir / f"rank-{world.rank}.jsonl"
+    with writing(file), open(file, "a", encoding="utf-8") as f:
         f.write(json.dumps(line) + "\n")
 
 
@@ -224,12 +259,13 @@ class StopAtSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
+        self.agreed: bool | None = None  # whether any process was asked, once all know
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Save and stop, when asked to."""
-        if self.asked:
+        """Save and stop, when asked to: all processes after the same step."""
+        if self.asked if self.agreed is None else self.agreed:
             control.should_save = True
             control.should_training_stop = True
 
@@ -250,12 +286,29 @@ class StopAtSignal(TrainerCallback):
                 signal.signal(name, handler)
             tell("stopping after this step, with a checkpoint (once more to stop at once)")
 
-        before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
+        # torchrun ends its processes with SIGTERM, when one of them has failed: that is no wish.
+        elastic = "TORCHELASTIC_RUN_ID" in os.environ
+        wishes = [signal.SIGINT] if elastic else [signal.SIGINT, signal.SIGTERM]
+        before = {name: signal.signal(name, ask) for name in wishes}
         try:
             yield
         finally:
             for name, handler in before.items():
                 signal.signal(name, handler)
+
+
+class SaveEvery(TrainerCallback):
+    """Has checkpoints written as `save_steps` says, where transformers would not by itself.
+
+    Its Trainer cannot write one of a model that was cut while it was loaded; whet can.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Ask for a checkpoint after every so many steps, and after the last."""
+        last = state.global_step >= state.max_steps
+        control.should_save = control.should_save or last or not state.global_step % args.save_steps
 
 
 class HeldOutWatch(TrainerCallback):

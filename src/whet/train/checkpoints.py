@@ -1,7 +1,8 @@
 """Checkpoints: what is in one, how it is written, and how a damaged one is found out.
 
     step-N/  adapter_model.safetensors or model.safetensors   tokenizer and model files
-             optimizer.pt  scheduler.pt  scaler.pt (float16)  rng_state.pth (Python, numpy, torch, CUDA)
+             optimizer.pt  scheduler.pt  scaler.pt (float16)  rng_state.pth (Python, numpy, torch, CUDA;
+             rng_state_N.pth of process N where there were several)
              trainer_state.json   whet_state.json (sampler, planner, held-out losses)   manifest.json
 
 A checkpoint is made in a temporary folder and renamed. Its manifest has the SHA-256 of every file, and a
@@ -12,14 +13,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer
+from transformers.trainer_pt_utils import safe_globals
 
 from whet.errors import InputError
 from whet.runs import RunFolder, whole_folder
@@ -29,6 +34,13 @@ from whet.train.optimizers import (
     outside_state,
     state_loading,
     turn_optimizer,
+)
+from whet.train.shards import (
+    WholeState,
+    gather_state,
+    gather_weights,
+    load_optimizer_state,
+    save_spread,
 )
 
 if TYPE_CHECKING:
@@ -57,25 +69,93 @@ def write_checkpoint(trainer: WhetTrainer) -> Path:
     """
     step, run = trainer.state.global_step, trainer.run_folder
     path = run.checkpoints_dir / f"step-{step}"
-    with whole_folder(path) as folder:
+    # What takes all processes comes first; then rank 0 writes and the others wait for it.
+    whole = None if trainer.shards is None else gather_state(trainer)
+    randoms = trainer.world.gather(random_state())
+    if trainer.world.is_first:
+        with whole_folder(path) as folder:
+            _write_files(trainer, folder, whole, randoms)
+            write_manifest(folder, step)
+        _drop_old(run, step, trainer.whet_config.train.keep_checkpoints, trainer.watch.kept_step)
+    trainer.world.agree(step)
+    return path
+
+
+def _write_files(
+    trainer: WhetTrainer, folder: Path, whole: WholeState | None, randoms: list[dict[str, Any]]
+) -> None:
+    """Write everything but the manifest, in rank 0."""
+    if whole is None:
         trainer.save_model(str(folder), _internal_call=True)
         trainer._save_optimizer_and_scheduler(str(folder))
-        if outside := outside_state(trainer.optimizer, trainer.whet_config.train.optimizer):
-            torch.save(outside, folder / OUTSIDE)
-        trainer._save_scaler(str(folder))
+    else:
+        save_spread(trainer, folder, whole.weights)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(str(folder))
+        torch.save(whole.optimizer, folder / "optimizer.pt")
+        torch.save(trainer.lr_scheduler.state_dict(), folder / "scheduler.pt")  # type: ignore[union-attr]
+    if outside := outside_state(trainer.optimizer, trainer.whet_config.train.optimizer):
+        torch.save(outside, folder / OUTSIDE)
+    trainer._save_scaler(str(folder))
+    if trainer.world.size == 1:
         trainer._save_rng_state(str(folder))
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        state = {
-            "tokens_seen": trainer.tokens_seen,
-            "tokens_per_pass": trainer.packing.tokens_per_pass,
-            "times_eased": trainer.times_eased,
-            "sampler": trainer.sampler.position(step),
-            "watch": trainer.watch.to_dict(),
-        }
-        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        write_manifest(folder, step)
-    _drop_old(run, step, trainer.whet_config.train.keep_checkpoints, trainer.watch.kept_step)
-    return path
+    else:
+        for share, state in enumerate(randoms[:: trainer.world.tensor]):
+            torch.save(state, folder / _random_file(share))
+    trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    state = {
+        "tokens_seen": trainer.tokens_seen,
+        "tokens_per_pass": trainer.packing.tokens_per_pass,
+        "times_eased": trainer.times_eased,
+        "sampler": trainer.sampler.position(trainer.state.global_step),
+        "watch": trainer.watch.to_dict(),
+    }
+    (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def _random_file(share: int) -> str:
+    """Return the name of a process's random state; the first's is what a single one would have."""
+    return f"rng_state_{share}.pth" if share else "rng_state.pth"
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of this process's random generators, as transformers keeps it."""
+    found = {
+        "python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state(),
+    }  # fmt: skip
+    return {**found, "cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else found
+
+
+def seed_share(trainer: WhetTrainer, step: int) -> None:
+    """Give the processes random streams of their own; rank 0's is that of a single process.
+
+    Args:
+        trainer: Its processes that compute one replica together stay in step.
+        step: Steps done, so that a stream is not begun anew at a resume.
+    """
+    if trainer.world.share:
+        torch.manual_seed(trainer.args.seed * 1_000_003 + step * 1009 + trainer.world.share)
+
+
+def load_random_state(trainer: WhetTrainer, folder: Path) -> None:
+    """Put back a process's random state, or begin a new stream where there was no such process.
+
+    Args:
+        trainer: Between two steps.
+        folder: A checkpoint that was found whole.
+    """
+    file = folder / _random_file(trainer.world.share)
+    if not file.is_file():
+        seed_share(trainer, step_of(folder))
+        return
+    with safe_globals():  # of numpy's state
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        kept = state["cuda"]
+        torch.cuda.set_rng_state(kept[0] if isinstance(kept, list) else kept)
 
 
 def restore_checkpoint(trainer: WhetTrainer, folder: Path) -> None:
@@ -114,6 +194,12 @@ def load_optimizer(trainer: WhetTrainer, folder: str | None, load: Callable[[str
         load: transformers' way to load it.
     """
     if folder is None:
+        return
+    assert trainer.lr_scheduler is not None
+    if trainer.shards is not None:
+        load_optimizer_state(trainer, folder)
+        kept = torch.load(f"{folder}/scheduler.pt", map_location="cpu", weights_only=True)
+        trainer.lr_scheduler.load_state_dict(kept)
         return
     with state_loading(trainer.whet_config.train.optimizer):
         load(folder)
@@ -229,6 +315,20 @@ def load_weights(trainer: WhetTrainer, step: int) -> str:
     return fault
 
 
+def load_before_spreading(model: Any, folder: Path) -> None:
+    """Load a checkpoint's weights into a model that is still whole.
+
+    Args:
+        model: Adapted as the checkpoint's was.
+        folder: A checkpoint that was found whole.
+    """
+    if hasattr(model, "load_adapter") and hasattr(model, "peft_config"):
+        model.load_adapter(str(folder), "default", is_trainable=True)
+        return
+    for file in sorted(folder.glob("model*.safetensors")):
+        model.load_state_dict(load_file(file), strict=False)
+
+
 def settle(trainer: WhetTrainer, tell: Callable[[str], None]) -> dict[str, Any]:
     """Give the model the weights that the run ends with: the last, or the best.
 
@@ -278,14 +378,14 @@ def keep_pissa_start(model: Any, folder: str) -> None:
 
 
 def save_weights(
-    run: RunFolder, config: Config, model: Any, tokenizer: Tokenizer, start: str
+    run: RunFolder, config: Config, trainer: WhetTrainer, tokenizer: Tokenizer, start: str
 ) -> None:
     """Write adapter/ or model/ whole, which is what the run is for.
 
     Args:
         run: The run's folder.
         config: Its config.
-        model: The trained model.
+        trainer: With the trained model.
         tokenizer: Saved with it.
         start: The folder of `keep_pissa_start`.
     """
@@ -294,6 +394,13 @@ def save_weights(
     if lora and config.lora.init == "pissa":
         # PiSSA moves part of the base into the adapter: saved as it is, it would not fit the base.
         options["path_initial_model_for_weight_conversion"] = start
-    with whole_folder(run.adapter_dir if lora else run.model_dir) as folder:
-        model.save_pretrained(str(folder), **options)
-        tokenizer.save_pretrained(str(folder))
+    weights = None if trainer.shards is None else gather_weights(trainer)
+    if trainer.world.is_first:
+        model: Any = trainer.model
+        with whole_folder(run.adapter_dir if lora else run.model_dir) as folder:
+            if weights is None:
+                model.save_pretrained(str(folder), **options)
+            else:
+                save_spread(trainer, folder, weights)
+            tokenizer.save_pretrained(str(folder))
+    trainer.world.agree(None)

@@ -24,16 +24,25 @@ class Listener(Protocol):
 
 
 class LogListener:
-    """The Listener of a run without a front end: everything goes to `logging`."""
+    """The Listener of a run without a front end: everything goes to `logging`.
+
+    Args:
+        quiet: Log all of it as debugging; of several processes one is heard.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._plain = logging.DEBUG if quiet else logging.INFO
+        self._loud = logging.DEBUG if quiet else logging.WARNING
 
     def stage(self, text: str) -> None:
         """Log a stage."""
-        logger.info("%s", text)
+        logger.log(self._plain, "%s", text)
 
     def note(self, text: str) -> None:
         """Log a note."""
-        logger.warning("%s", text)
+        logger.log(self._loud, "%s", text)
 
     def progress(self, progress: Progress) -> None:
         """Log a step."""
-        logger.info("step %d/%d loss %.4f", progress.step, progress.num_steps, progress.loss)
+        done = f"step {progress.step}/{progress.num_steps}"
+        logger.log(self._plain, "%s loss %.4f", done, progress.loss)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from whet.config import Config
+from whet.data.packing import fair_shares
 from whet.data.pairs import Unit, mismatched
 from whet.data.tokenize import IGNORED, Tokens, collate
 from whet.engine.passes import PackedPass, pack_pass, pack_shared
@@ -109,15 +110,29 @@ class PreferenceTrainer(WhetTrainer):
         # Sums and counts of what is logged: of the step being computed, and since the last log.
         self._now, self._logged = Means(), Means()
 
+    @property
+    def _draws_its_share(self) -> bool:
+        return self.whet_config.method != "kto"  # which compares answers of the whole step
+
+    def _own_part(self, rows: list[Tokens]) -> list[Tokens]:
+        if self.whet_config.method != "kto":
+            return rows
+        self._step = [unit for unit in rows if isinstance(unit, Unit)]
+        return self._shared_out(rows)
+
+    def _shared_out(self, rows: Sequence[Tokens]) -> list[Tokens]:
+        """Return this process's part of rows that each process has all of."""
+        costs = [len(tokens.input_ids) for tokens in rows]
+        return [rows[i] for i in fair_shares(costs, self.world.shares)[self.world.share]]
+
     def _count_items(self, rows: Sequence[Tokens]) -> torch.Tensor:
         """Count the units of the step over all processes, and note what else its loss depends on."""
-        self._step = [unit for unit in rows if isinstance(unit, Unit)]
-        plain = sum(sum(self._labelled(unit)[:1]) for unit in self._step)
-        counts = torch.tensor([len(self._step), plain], device=self.args.device)
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.gather(counts).view(-1, 2).sum(0)  # type: ignore[union-attr]
-        self._num_plain = counts[1].clamp(min=1)
-        return counts[0].clamp(min=1)
+        num, plain = self._begin_step(rows, len(rows), self._count_plain(rows))
+        self._num_plain = torch.tensor(max(1, plain), device=self.args.device)
+        return torch.tensor(max(1, num), device=self.args.device)
+
+    def _count_plain(self, rows: Sequence[Tokens]) -> int:
+        return sum(sum(self._labelled(unit)[:1]) for unit in rows if isinstance(unit, Unit))
 
     def _run_passes(
         self, model: Any, passes: list[list[Tokens]], num_items: torch.Tensor
@@ -125,7 +140,8 @@ class PreferenceTrainer(WhetTrainer):
         self._now.clear()
         if self.whet_config.method == "kto":
             self.at = (0, "forward")
-            self._kl = self._estimate_kl(num_items)
+            wrong = self._shared_out(mismatched(self._step, self._max_length))
+            self._kl = self._estimate_kl(wrong, num_items, together=True)
         loss = super()._run_passes(model, passes, num_items)
         self._logged.merge(self._now)
         return loss
@@ -158,16 +174,24 @@ class PreferenceTrainer(WhetTrainer):
             sum(label != IGNORED for label in labels[1:]) for _, labels in self._documents(unit)
         ]
 
-    def _estimate_kl(self, num_items: torch.Tensor) -> torch.Tensor:
-        """Return how much likelier the model finds the step's answers behind prompts of others."""
+    def _estimate_kl(
+        self, wrong: Sequence[Tokens], num_items: torch.Tensor, together: bool
+    ) -> torch.Tensor:
+        """Return how much likelier the model finds the step's answers behind prompts of others.
+
+        Args:
+            wrong: The answers of this process, behind prompts of others.
+            num_items: Answers of the step.
+            together: Add up over processes.
+        """
         total = torch.zeros((), device=self.args.device)
-        wrong: Sequence[Tokens] = mismatched(self._step, self._max_length)
-        for group in self.packing.passes(wrong):
+        for group in self.packing.passes(wrong) if wrong else []:
             batch = self._make_batch(group, rounded=False)
             with torch.no_grad(), self.compute_loss_context_manager(), _without_dropout(self.model):
                 total += self._answers(self.model, batch).sum() - self._reference(batch).sum()
-        if self.accelerator.num_processes > 1:
-            total = self.accelerator.gather(total).sum()  # type: ignore[union-attr]
+        if together and self.world.shares > 1:
+            parts: Any = self.accelerator.gather(total[None])
+            total = parts[:: self.world.tensor].sum()
         return (total / num_items).clamp(min=0)
 
     def _answers(self, model: Any, batch: UnitPass) -> torch.Tensor:
@@ -201,7 +225,7 @@ class PreferenceTrainer(WhetTrainer):
         batch: UnitPass = inputs
         num = len(batch.units) if num_items_in_batch is None else num_items_in_batch
         compute = {"dpo": self._dpo, "orpo": self._orpo, "kto": self._kto}[self.whet_config.method]
-        loss = compute(model, batch, num) * self.accelerator.num_processes
+        loss = compute(model, batch, num) * self.world.shares
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _dpo(self, model: Any, batch: UnitPass, num_items: torch.Tensor | int) -> torch.Tensor:
@@ -257,9 +281,26 @@ class PreferenceTrainer(WhetTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the rewards with the loss."""
         if "loss" in logs:
-            logs = {**logs, **self._logged.read()}
+            logs = {**logs, **self._of_all_shares().read()}
             self._logged.clear()
         super().log(logs, *args, **kwargs)
+
+    def _run_empty_pass(self, *args: Any, **kwargs: Any) -> None:
+        noted, self._now = self._now, Means()
+        super()._run_empty_pass(*args, **kwargs)
+        self._now = noted
+
+    def _of_all_shares(self) -> Means:
+        """Add up what each process noted since the last log."""
+        if self.world.shares == 1:
+            return self._logged
+        noted = self._logged
+        mine = ({name: float(total) for name, total in noted.totals.items()}, noted.counts)
+        found = Means()
+        for totals, counts in self.world.gather(mine)[:: self.world.tensor]:
+            for name, total in totals.items():
+                found.add(name, torch.tensor(total), counts[name])
+        return found
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure loss and rewards of the held-out units, and log them."""
@@ -270,15 +311,19 @@ class PreferenceTrainer(WhetTrainer):
         total, size, means = 0.0, self.whet_config.train.batch_size, Means()
         for start in range(0, len(rows), size):
             units = list(rows[start : start + size])
-            num_items = self._count_items(units)
+            num_items = torch.tensor(len(units), device=self.args.device)
+            self._num_plain = torch.tensor(
+                max(1, self._count_plain(units)), device=self.args.device
+            )
             self._now.clear()
             if self.whet_config.method == "kto":
-                self._kl = self._estimate_kl(num_items)
+                wrong = mismatched(units, self._max_length)
+                self._kl = self._estimate_kl(wrong, num_items, together=False)
             for group in self.packing.passes(units):
                 with torch.no_grad(), self.compute_loss_context_manager():
                     batch = self._make_batch(group, rounded=False)
                     part = self.compute_loss(self.model, batch, num_items_in_batch=num_items)
-                total += float(part) * len(units)
+                total += float(part) / self.world.shares * len(units)
             means.merge(self._now)
         metrics = {"eval_loss": total / max(1, len(rows)), **means.read("eval_")}
         self.log(metrics)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+
+from transformers import TrainerCallback
 
 from whet.config import Config
 from whet.data.gates import check_gates, require_method
@@ -21,11 +22,10 @@ from whet.data.pairs import with_units
 from whet.data.prepare import PreparedData, prepare
 from whet.data.template import set_chat_template
 from whet.engine.embeddings import place_embeddings
-from whet.engine.graphs import LAUNCH_SECONDS, CudaRecorder, GraphedPasses, reason_against
 from whet.engine.swap import detach, met, set_policies, takes_packed
 from whet.engine.verify import compare_pass
 from whet.errors import Interrupted, WhetError
-from whet.evaluate import Sample, Scores, evaluate
+from whet.evaluate import Sample, evaluate
 from whet.model import CausalLM, Tokenizer
 from whet.model.load import (
     attach_engine,
@@ -37,22 +37,36 @@ from whet.model.load import (
     require_weights,
 )
 from whet.model.lora import check_parameters, count_parameters, prepare_parameters
-from whet.plan.plan import Plan
-from whet.runs import RunFolder, require_free, resume_run, start_run, write_text
+from whet.runs import RunFolder, require_free, resume_run, start_run
 from whet.sections import PREFERENCES, WITH_TRL
 from whet.train.callbacks import Metrics, StopAtSignal, peak_memory_bytes
-from whet.train.checkpoints import keep_pissa_start, newest_whole, save_weights, settle
+from whet.train.checkpoints import (
+    keep_pissa_start,
+    load_before_spreading,
+    newest_whole,
+    save_weights,
+    seed_share,
+    settle,
+)
+from whet.train.launch import as_launched, goes_on_after_a_restart
 from whet.train.listen import Listener, LogListener
 from whet.train.optimizer_kinds import check_optimizer
-from whet.train.planning import ease, plan_run, probe_run, tell_event
+from whet.train.planning import choose_graphs, ease, plan_run, probe_run, tell_event
 from whet.train.plot import plot_loss
 from whet.train.preference import trainer_of
+from whet.train.results import BaseFirst, Training, write_evaluation, write_samples
+from whet.train.shards import Shards
+from whet.train.steps import StepSettings
+from whet.train.strategy import (
+    check_strategy,
+    join_world,
+    loading_options,
+    reason_without_engine,
+    shards_of,
+    spread,
+)
 from whet.train.trackers import check_trackers, tracking
-from whet.train.trainer import StepSettings
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
+from whet.train.world import World
 
 TOLD_SECONDS = 5  # between two lines on how far reading the data is
 
@@ -81,16 +95,19 @@ def fit(
     """
     listener = listener or LogListener()
     started = time.perf_counter()
+    config = as_launched(config)
+    world = join_world(config)
     listener.stage("reading the data")
-    limit = max_length(config.model)
-    require_weights(config.model)
-    check_parameters(config)
-    check_trackers(config.train.trackers)
-    for line in check_optimizer(config):
-        listener.note(line)
-    tokenizer = load_tokenizer(config.model)
-    template = set_chat_template(tokenizer, config.model.chat_template)
-    data = prepare(config.data, tokenizer, limit, template, _tell_rows(listener))
+    with world.first():  # what it unpacks and tokenises is in the cache for the others
+        limit = max_length(config.model)
+        require_weights(config.model)
+        check_parameters(config)
+        check_trackers(config.train.trackers)
+        for line in [*check_optimizer(config), *check_strategy(config, world)]:
+            listener.note(line)
+        tokenizer = load_tokenizer(config.model)
+        template = set_chat_template(tokenizer, config.model.chat_template)
+        data = prepare(config.data, tokenizer, limit, template, _tell_rows(listener))
     _tell_data(data, listener)
     check_gates(data.report, config.data.allow)
     require_method(config.method, data.report)
@@ -104,33 +121,50 @@ def fit(
             listener.note(
                 f"{left_out} answers are left out: their pair has one that teaches nothing"
             )
-    plan = plan_run(config, data, limit, listener)
-
-    if resume:
-        run, checkpoint = resume_run(
-            config, data.report.sha256, partial(newest_whole, tell=listener.note)
-        )
-        listener.note(f"going on from {checkpoint}")
-    else:
-        (run, moved), checkpoint = start_run(config), None
-        if moved:
-            listener.note(f"the earlier run '{run.path}' is now '{moved}'")
+    plan, strategy = plan_run(config, data, limit, listener, world)
+    shards = shards_of(config, strategy)
+    run, checkpoint = _open_run(config, data, resume, listener, world)
     with run.lock():
-        _write_report_head(run, config, data)
-        if data.refused is not None:
+        _write_report_head(run, config, data, world, strategy)
+        if data.refused is not None and run.writes:
             shutil.copyfile(data.refused, run.path / "refused.jsonl")
-        model = _load(config, listener)
-        base_samples = _measure_base(run, config, model, tokenizer, data, listener)
-        model = _train(run, config, model, tokenizer, data, plan, checkpoint, listener, callbacks)
-        if data.heldout:
+        model = _load(config, listener, shards, world)
+        base_samples: list[Sample] = []
+        if shards is None:
+            base_samples = _measure_base(run, config, model, tokenizer, data, listener, world)
+        training = Training(run, config, tokenizer, data, plan, world, shards)
+        model = _train(training, model, checkpoint, listener, callbacks)
+        if data.heldout and (world.is_first or shards is not None):
             listener.stage("measuring the tuned model")
             tuned, samples = evaluate(model, tokenizer, data, config.eval)
-            _write_evaluation(run, tuned=tuned, tuned_samples=samples)
-            write_samples(run, base_samples, samples)
-            plot_loss(run)
-        peak = max(run.report.get("peak_bytes", 0), peak_memory_bytes())
+            write_evaluation(run, tuned=tuned, tuned_samples=samples)
+            if run.writes:
+                write_samples(run, base_samples or training.base_samples, samples)
+                plot_loss(run)
+        world.agree(None)
+        peak = max(run.report.get("peak_bytes", 0), *world.gather(peak_memory_bytes()))
         run.update_report(seconds=time.perf_counter() - started, peak_bytes=peak)
     return run
+
+
+def _open_run(
+    config: Config, data: PreparedData, resume: bool, listener: Listener, world: World
+) -> tuple[RunFolder, Path | None]:
+    """Make or open the run's folder in rank 0; the others read there and write nothing."""
+    checkpoint, path = None, Path()
+    if world.is_first:
+        if resume or goes_on_after_a_restart(config):
+            run, checkpoint = resume_run(
+                config, data.report.sha256, partial(newest_whole, tell=listener.note)
+            )
+            listener.note(f"going on from {checkpoint}")
+        else:
+            run, moved = start_run(config)
+            if moved:
+                listener.note(f"the earlier run '{run.path}' is now '{moved}'")
+        path = run.path
+    path, checkpoint = world.agree((path, checkpoint))
+    return RunFolder(path, writes=world.is_first), checkpoint
 
 
 def _tell_rows(listener: Listener) -> Callable[[int], None]:
@@ -164,13 +198,14 @@ def _tell_data(data: PreparedData, listener: Listener) -> None:
         listener.note("nothing is held out (data.heldout, data.heldout_fraction): no evaluation")
 
 
-def _load(config: Config, listener: Listener) -> CausalLM:
+def _load(config: Config, listener: Listener, shards: Shards | None, world: World) -> CausalLM:
     dtype, reason = choose_dtype(config.model.dtype, config.train.parameters != "lora")
     kind = "NF4 weights, products in" if config.model.load_in_4bit else "weights in"
     if config.model.init == "random":
         kind = f"random weights (seed {config.train.seed}) in"
     listener.stage(f"loading {config.model.name}")
-    model = load_model(config.model, dtype, seed=config.train.seed)
+    options = loading_options(shards, world)
+    model = load_model(config.model, dtype, options=options, seed=config.train.seed)
     name = str(dtype).removeprefix("torch.")
     listener.note(f"{config.model.name} on {device().type}, {kind} {name} {reason}")
     return model
@@ -183,9 +218,10 @@ def _measure_base(
     tokenizer: Tokenizer,
     data: PreparedData,
     listener: Listener,
+    world: World,
 ) -> list[Sample]:
     """Measure the model before training, unless an interrupted run already has."""
-    if not data.heldout:
+    if not data.heldout or not (world.is_first or world.tensor > 1):
         return []
     report = run.report
     if "base" in report.get("evaluation", {}):
@@ -193,21 +229,19 @@ def _measure_base(
     attach_engine(model, config)
     listener.stage("measuring the base model")
     scores, samples = evaluate(model, tokenizer, data, config.eval)
-    _write_evaluation(run, base=scores, base_samples=samples)
+    write_evaluation(run, base=scores, base_samples=samples)
     return samples
 
 
 def _train(
-    run: RunFolder,
-    config: Config,
+    training: Training,
     model: CausalLM,
-    tokenizer: Tokenizer,
-    data: PreparedData,
-    plan: Plan,
     checkpoint: Path | None,
     listener: Listener,
     callbacks: Sequence[TrainerCallback],
 ) -> CausalLM:
+    run, config, tokenizer = training.run, training.config, training.tokenizer
+    data, plan, world, shards = training.data, training.plan, training.world, training.shards
     from transformers import set_seed
 
     set_seed(config.train.seed)
@@ -217,14 +251,18 @@ def _train(
     if config.plan.embeddings != "device":
         for line in place_embeddings(tuned, config.plan.embeddings):
             listener.note(line)
-    _put_engine(run, config, tuned, data, listener)
+    _put_engine(run, config, tuned, data, listener, shards)
     set_policies(tuned, plan.choice.policies)
+    if shards is not None:
+        if checkpoint is not None:
+            load_before_spreading(tuned, checkpoint)
+        tuned = spread(tuned, shards, config, world)
     # Weights and two AdamW moments, each in float32 at most, in every checkpoint and one more aside.
     num_bytes = 12 * trainable * (config.train.keep_checkpoints + 1 + config.eval.keep_best)
     require_free(run.path, num_bytes, "keeping the checkpoints")
-    metrics, stop = Metrics(run, listener.progress, plan), StopAtSignal()
+    metrics, stop = Metrics(run, listener.progress, plan, world), StopAtSignal()
     packs = config.pack.enabled and takes_packed(tuned)
-    graphs = _graphs(config, tuned, plan, packs, listener)
+    graphs = choose_graphs(config, tuned, plan, packs, listener, world)
     buckets = config.pack.buckets == "on" or (config.pack.buckets == "auto" and graphs is not None)
     with TemporaryDirectory() as start:
         if config.lora.init == "pissa" and config.train.parameters == "lora":
@@ -236,7 +274,12 @@ def _train(
             run,
             data.train,
             data.judged or data.heldout,
-            [metrics, stop, *callbacks],
+            [
+                metrics,
+                stop,
+                *callbacks,
+                *([] if shards is None else [BaseFirst(training, listener)]),
+            ],
             StepSettings(
                 replace(plan.packing, padded=not packs, buckets=buckets),
                 plan.flops_of,
@@ -244,17 +287,21 @@ def _train(
                 partial(tell_event, metrics, listener),
                 checkpoints=any("recompute" in (p.qkv, p.gate_up) for p in plan.choice.policies),
                 graphs=graphs,
+                world=world,
+                shards=shards,
             ),
         )
-        metrics.trainer = trainer
-        if checkpoint is None:
+        metrics.trainer, trainer.stop = trainer, stop
+        if checkpoint is None and shards is None:
             probe_run(run, config, tuned, data, plan, trainer, metrics, listener)
         listener.stage("training")
-        if checkpoint is not None:
+        if checkpoint is None:
+            seed_share(trainer, 0)
+        elif run.writes:
             run.forget_metrics_after(int(checkpoint.name.removeprefix("step-")))
-        tracks = tracking(
-            run, config.train.trackers, trainer.callback_handler.callbacks, listener.note
-        )
+        trackers = config.train.trackers if run.writes else []
+        heard = trainer.callback_handler.callbacks
+        tracks = tracking(run, trackers, heard, listener.note)
         with stop.listening(listener.note), tracks:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         done, steps = trainer.state.global_step, trainer.state.max_steps
@@ -264,9 +311,9 @@ def _train(
                 fix="go on with the same command and --resume",
             )
         ended = settle(trainer, listener.note)
-        if data.judged:
+        if data.judged and (world.is_first or shards is not None):
             run.update_report(preference=trainer.evaluate())
-        save_weights(run, config, tuned, tokenizer, start)
+        save_weights(run, config, trainer, tokenizer, start)
     while_training = peak_memory_bytes()
     run.update_report(
         peak_bytes=max(metrics.peak_before, while_training),
@@ -276,18 +323,29 @@ def _train(
             "parameters_trained": trainable, "parameters": total, **ended,
         }
     )  # fmt: skip
-    if config.engine.enabled:
+    if config.engine.enabled and run.writes:
         run.update_report(engine={**run.report["engine"], "met": met(tuned)})
-    plot_loss(run)
+    if run.writes:
+        plot_loss(run)
     return tuned
 
 
 def _put_engine(
-    run: RunFolder, config: Config, model: CausalLM, data: PreparedData, listener: Listener
+    run: RunFolder,
+    config: Config,
+    model: CausalLM,
+    data: PreparedData,
+    listener: Listener,
+    shards: Shards | None,
 ) -> None:
     """Put the engine into the model as it will be trained, and compare one real pass."""
     import torch
 
+    if reason := reason_without_engine(shards):
+        if config.engine.enabled:
+            listener.note(f"engine: stands aside, because {reason}")
+            run.update_report(engine={"stands_aside": reason})
+        return
     report = attach_engine(model, config)
     if report is None:
         listener.note("engine: off (engine.enabled)")
@@ -315,73 +373,12 @@ def _put_engine(
     run.update_report(engine={**report.to_dict(), "taken_out": apart})
 
 
-def _graphs(
-    config: Config, model: CausalLM, plan: Plan, packs: bool, listener: Listener
-) -> GraphedPasses | None:
-    """Choose whether passes are recorded as CUDA graphs; where they cannot be, that is said."""
-    wish, on_cuda = config.engine.cuda_graphs, device().type == "cuda"
-    if wish == "off" or (wish == "auto" and not (on_cuda and _waits_for_launches(plan))):
-        return None
-    reason = "there is no CUDA device" if not on_cuda else reason_against(model)
-    if not packs:
-        reason = reason or "passes are padded rectangles"
-    if config.method in PREFERENCES:
-        reason = reason or "whole answers are compared, and their passes do not repeat"
-    if reason:
-        listener.note(f"no CUDA graphs: {reason}")
-        return None
-    listener.note("passes are recorded as CUDA graphs (engine.cuda_graphs)")
-    return GraphedPasses(
-        model, CudaRecorder(device()), lambda why: listener.note(f"no CUDA graphs: {why}")
-    )
-
-
-def _waits_for_launches(plan: Plan) -> bool:
-    """Estimate whether a layer's kernels are done before the next layer's are launched."""
-    num, lengths = plan.choice.tokens_per_pass, plan.workload.lengths
-    documents = max(1, num * len(lengths) // sum(lengths))
-    flops, _ = plan.flops_of([num // documents] * documents, 0)
-    layers, speed = len(plan.choice.policies), plan.target.speed
-    # Half of a step's operations are the forward pass where all weights are frozen, else a third.
-    return flops / 2 / layers / (speed.flops * speed.efficiency) < LAUNCH_SECONDS
-
-
-def _write_report_head(run: RunFolder, config: Config, data: PreparedData) -> None:
+def _write_report_head(
+    run: RunFolder, config: Config, data: PreparedData, world: World, strategy: str
+) -> None:
     from whet.doctor import versions
 
     run.update_report(
         config=config.model_dump(), versions=versions(), device=device().type,
-        data=data.report.to_dict(),
+        data=data.report.to_dict(), processes=world.size, strategy=strategy,
     )  # fmt: skip
-
-
-def _write_evaluation(run: RunFolder, **parts: Scores | list[Sample]) -> None:
-    evaluation = dict(run.report.get("evaluation", {}))
-    for name, part in parts.items():
-        if isinstance(part, Scores):
-            evaluation[name] = part.to_dict()
-        else:
-            evaluation[name] = [asdict(sample) for sample in part]
-    run.update_report(evaluation=evaluation)
-
-
-def write_samples(run: RunFolder, base: list[Sample], tuned: list[Sample]) -> None:
-    """Write samples.md: each held-out row with the reference and both models' answers.
-
-    Args:
-        run: The run's folder.
-        base: The base model's answers.
-        tuned: The tuned model's, to the same rows in the same order.
-    """
-    lines = [f"# Held-out samples of {run.path.name}", ""]
-    for before, after in zip(base, tuned, strict=False):
-        lines += [f"## {after.where}", "", _quoted(after.question), ""]
-        for name, text in (
-            ("reference", after.reference), ("base", before.answer), ("tuned", after.answer)
-        ):  # fmt: skip
-            lines += [f"**{name}**", "", _quoted(text), ""]
-    write_text(run.samples_file, "\n".join(lines))
-
-
-def _quoted(text: str) -> str:
-    return "\n".join(f"    {line}" for line in (text.strip() or "(nothing)").split("\n"))

@@ -1,6 +1,7 @@
 """What a run does when memory runs out: recognise it, free what can be freed, and step again.
 
 The pass that failed is cut smaller by the trainer (`WhetTrainer.training_step`); here is what that needs.
+With several processes each says what it wishes for, and all do the same.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import functools
 import gc
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,12 +20,29 @@ from whet.engine.memory import release_workspaces
 from whet.engine.offload import release_offload_buffers
 from whet.errors import WhetError
 
+if TYPE_CHECKING:
+    from whet.train.trainer import WhetTrainer
+
 # How allocators other than torch's CUDA one say it, in a RuntimeError.
 _SIGNS = (
     "can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "alloc_failed",
     "cannot allocate memory",
 )  # fmt: skip
 MOST_TRIES = 3
+# What a process wishes for: nothing; that the model keeps less; or a number of tokens a pass.
+FITS, KEEP_LESS = -1, 0
+
+
+class MemoryRanOutElsewhere(Exception):  # noqa: N818 - a message, not a fault of this process
+    """Another process ran out of memory, and the step runs again.
+
+    Args:
+        wishes: What each process wishes for.
+    """
+
+    def __init__(self, wishes: list[int]) -> None:
+        self.wishes = wishes
+        super().__init__(wishes)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -56,6 +74,70 @@ def does_not_fit(example: Tokens, reason: str) -> WhetError:
         "lower model.max_length below that, or set model.load_in_4bit: true, "
         "plan.embeddings: cpu or train.optimizer: adamw_8bit; then go on with --resume",
     )
+
+
+def cannot_step_again(rank: int, reason: str) -> WhetError:
+    """Return the error of a process that ran out of memory while all were at work together.
+
+    Args:
+        rank: Of the process.
+        reason: What the allocator said.
+    """
+    return WhetError(
+        f"memory ran out in process {rank}, where the others already waited for its part",
+        reason,
+        "lower plan.tokens_per_pass, and go on with --resume from the last checkpoint",
+    )
+
+
+def wish_for(trainer: WhetTrainer, passes: list[list[Tokens]]) -> int:
+    """Return what a process wishes for whose memory ran out: tokens of a pass, or KEEP_LESS."""
+    failed = passes[trainer.at[0]]
+    if len(failed) <= 1:
+        return KEEP_LESS
+    return max(1, max(trainer.packing.num_entered(group) for group in passes if group) // 2)
+
+
+def make_room(
+    trainer: WhetTrainer, passes: list[list[Tokens]], reason: str, wishes: list[int]
+) -> None:
+    """Make the passes smaller, or else the model keep less, and tell it.
+
+    Args:
+        trainer: Whose passes these are.
+        passes: Of the step.
+        reason: What the allocator said.
+        wishes: What each process wishes for; all that are given the same do the same.
+
+    Raises:
+        WhetError: The pass that failed is one example, and the model keeps the least already.
+    """
+    number, phase = trainer.at
+    failed = passes[number]
+    step, wish = trainer.state.global_step + 1, min(wish for wish in wishes if wish != FITS)
+    event: dict[str, Any] = {
+        "step": step, "event": "out_of_memory", "phase": phase, "pass": number + 1,
+        "passes": len(passes), "tokens": trainer.packing.num_entered(failed) if failed else 0,
+        "reason": reason,
+    }  # fmt: skip
+    text = f"memory ran out in step {step}, pass {number + 1} of {len(passes)}, {phase}: "
+    if len(wishes) > 1:
+        ranks = [rank for rank, wish in enumerate(wishes) if wish != FITS]
+        event["ranks"] = ranks
+        text = f"memory ran out in step {step}, in process {', '.join(map(str, ranks))}: "
+    if wish != KEEP_LESS:
+        trainer.packing = replace(trainer.packing, tokens_per_pass=wish)
+        event["tokens_per_pass"] = wish
+        text += f"the step runs again in passes of {wish:,} tokens"
+    elif eased := trainer.settings.ease():
+        trainer.times_eased += 1
+        event["policy"] = eased
+        text += f"the step runs again with saved tensors {eased}"
+    elif failed:
+        raise does_not_fit(failed[0], reason)
+    else:
+        raise cannot_step_again(trainer.world.rank, reason)
+    trainer.settings.tell(event, text)
 
 
 def check_one_pass(num_passes: int, reason: str = "") -> None:

@@ -373,7 +373,7 @@ def _measure(
 def _write_rewards(
     run: RunFolder, before: tuple[float, list[Sample]], after: tuple[float, list[Sample]] | None
 ) -> None:
-    from whet.train.recipe import write_samples
+    from whet.train.results import write_samples
 
     assert after is not None
     run.update_report(reward={"base": before[0], "tuned": after[0], "num_answers": len(after[1])})

@@ -1,0 +1,73 @@
+"""What the tests of several processes run in each of them: one run after another, in one group.
+
+    torchrun --nproc-per-node 2 tests/train/several.py JOBS.json
+
+JOBS.json lists runs: a config, whether it goes on from a checkpoint, and what befalls which process. Beside
+it rank 0 writes NAME.json for each: the losses, the norms of the gradients, and what the run said.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+
+def main(file: Path) -> None:
+    from whet.config_file import load_config
+    from whet.train import callbacks, recipe
+    from whet.train.listen import LogListener
+
+    recipe.plot_loss = lambda run: None
+    callbacks.forget_peak_memory = lambda: 0
+
+    class Notes(LogListener):
+        def __init__(self):
+            super().__init__()
+            self.heard = []
+
+        def note(self, text):
+            self.heard.append(text)
+
+    for job in json.loads(file.read_text()):
+        notes = Notes()
+        befall(job)
+        if job.get("forget") and os.environ["RANK"] == "0":
+            shutil.rmtree(job["forget"])
+        run = recipe.fit(load_config(job["config"]), job.get("resume", False), notes)
+        if run.writes:
+            rows = run.metrics()
+            result = {
+                "losses": [row["loss"] for row in rows if "loss" in row],
+                "norms": [row["grad_norm"] for row in rows if "loss" in row],
+                "events": [row for row in rows if "event" in row],
+                "notes": notes.heard,
+                "report": run.report,
+            }
+            file.with_name(f"{job['name']}.json").write_text(json.dumps(result))
+
+
+def befall(job):
+    """Have memory run out once in one process, in a given pass."""
+    from whet.train.trainer import WhetTrainer
+
+    WhetTrainer.compute_loss = original
+    if "out_of_memory" not in job:
+        return
+    rank, pass_number = job["out_of_memory"]
+    left = [int(os.environ["RANK"]) == rank]
+
+    def compute_loss(self, *args, **kwargs):
+        if left[0] and self.at == (pass_number, "forward") and self.state.global_step == 2:
+            left[0] = False
+            raise MemoryError("out of memory, for the test")
+        return original(self, *args, **kwargs)
+
+    WhetTrainer.compute_loss = compute_loss
+
+
+if __name__ == "__main__":
+    from whet.train.trainer import WhetTrainer
+
+    original = WhetTrainer.compute_loss
+    main(Path(sys.argv[1]))
