@@ -126,7 +126,7 @@ class OriginalDecoder:
                 self.groups.remove(group)
             elif len(left) < num:
                 index = torch.tensor(left, device=self.model.device)
-                with torch.inference_mode():
+                with torch.no_grad():  # a spread model trains on with what it gathered here
                     group.cache.batch_select_indices(index)
                 group.mask_BL = group.mask_BL[index]
         return kept
@@ -137,7 +137,7 @@ class OriginalDecoder:
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         takes = inspect.signature(base.forward).parameters
         more = {"position_ids": positions, "logits_to_keep": 0 if every else 1}
-        with torch.inference_mode():
+        with torch.no_grad():
             return self.model(
                 input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True,
                 **{name: value for name, value in more.items() if name in takes},
