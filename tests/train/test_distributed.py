@@ -147,7 +147,11 @@ def test_losses_with_deepspeed_are_those_of_one_process(alone, deepspeed, name):
     like = alone[name.partition("-")[2]]
     assert deepspeed[name]["losses"] == pytest.approx(losses(like), abs=1e-5)
     assert deepspeed[name]["norms"] == pytest.approx(norms(like), rel=1e-4)
-    assert deepspeed[name]["report"]["engine"]["layers_fused"] == 2
+    engine = deepspeed[name]["report"]["engine"]
+    if name.startswith("zero3"):
+        assert "takes the weights away" in engine["stands_aside"]
+    else:
+        assert engine["layers_fused"] == 2
 
 
 @pytest.mark.slow

@@ -109,6 +109,10 @@ def run_processes(arguments: Sequence[str], launch: Launch) -> None:
     _require_gpus(nproc)
     # It tells of each process it ends; here the one that failed is told of, once.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if launch.max_restarts:
+        # torch 2.13 keeps one store through restarts, in which gloo finds the addresses of the processes
+        # that have ended. This can go when each attempt has a store, or a prefix, of its own.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     with tempfile.TemporaryDirectory(prefix="whet-launch-") as logs, _passing_signals_on() as asked:
         try:
@@ -146,7 +150,10 @@ def _launch_config(launch: Launch, logs: str) -> Any:
         if not host or not port.isdigit():
             raise InputError("--rdzv is HOST:PORT", launch.rdzv)
         # What other machines reach this one by: its name is often known to nobody else.
-        settings["local_addr"] = _address_towards(host, int(port))
+        address = _address_towards(host, int(port))
+        settings["local_addr"] = address
+        # gloo listens where the name leads, which on many machines is the loopback alone.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_of(address))
         settings["rdzv_configs"] = {"is_host": launch.node_rank in (None, 0)}
     return LaunchConfig(
         min_nodes=launch.nnodes,
@@ -173,6 +180,17 @@ def _address_towards(host: str, port: int) -> str:
         return way.getsockname()[0]
 
 
+def _interface_of(address: str) -> str:
+    """Return the name of the network interface that has an address."""
+    import psutil
+
+    return next(
+        name
+        for name, found in psutil.net_if_addrs().items()
+        if any(one.address == address for one in found)
+    )
+
+
 @contextlib.contextmanager
 def _passing_signals_on() -> Iterator[list[int]]:
     """Pass a wish to stop on to the processes, which end with a checkpoint; the second ends them.
@@ -186,9 +204,10 @@ def _passing_signals_on() -> Iterator[list[int]]:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        if len(came) > 1:
+        children = psutil.Process().children()
+        if len(came) > 1 or not children:  # none yet: the machines have not met
             raise KeyboardInterrupt
-        for child in psutil.Process().children():
+        for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.send_signal(signal.SIGINT)
 

@@ -107,9 +107,9 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, DTensor):
         return tensor.detach().full_tensor().cpu()
     if hasattr(tensor, "ds_id"):  # ZeRO 3
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([tensor]):
+        with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().cpu().clone()
     return tensor.detach().cpu()
 
@@ -152,6 +152,7 @@ def _gather_deepspeed(trainer: WhetTrainer) -> dict[str, Any]:
     """Return AdamW's or SGD's state as torch writes it, from DeepSpeed's flat pieces."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    _link_states(trainer)
     flat = _flat_states(trainer)
     keys = [key for key, value in flat[0].items() if key != "step"] if flat else []
     state, number = {}, 0
@@ -191,13 +192,24 @@ def _load_deepspeed(trainer: WhetTrainer, kept: dict[str, Any]) -> None:
         if "step" in kept["state"][0]:
             made["step"] = kept["state"][0]["step"].clone()
         zero.optimizer.state[piece] = made
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # ZeRO 2 finds them by it
-        zero._lazy_init_hp_params_optimizer_state()
+    _link_states(trainer)
     parameters = [p for group in trainer.parameter_groups for p in group]
     for number, values in kept["state"].items():
         for key, value in values.items():
             if key != "step":
                 safe_set_full_optimizer_state(parameters[number], value, key)
+
+
+def _link_states(trainer: WhetTrainer) -> None:
+    """Have ZeRO 2 find the state of each parameter in its flat pieces.
+
+    It does so by itself after the first group of the first step, when later groups have no state yet, and
+    not again (deepspeed 0.19.8). This can go when it links every group.
+    """
+    zero: Any = trainer.model_wrapped.optimizer
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _flat_pieces(trainer: WhetTrainer) -> list[torch.Tensor]:

@@ -125,6 +125,10 @@ def reason_without_engine(shards: Shards | None) -> str:
     """Say why the engine stands aside, or nothing."""
     if shards is not None and shards.kind == "tp":
         return "tensor parallel cuts each matrix, and the engine multiplies by whole ones"
+    if shards is not None and shards.kind == "zero3":
+        return (
+            "ZeRO 3 takes the weights away that the engine's functions keep for the backward pass"
+        )
     return ""
 
 
@@ -186,12 +190,6 @@ def spread(model: CausalLM, shards: Shards, config: Config, world: World) -> Cau
     """
     if shards.kind == "fsdp":
         _shard_fully(model, config, world)
-    if shards.kind == "zero3":
-        from deepspeed.utils import set_z3_leaf_modules
-
-        # The engine reads a whole layer's weights at once: they come and go with the layer's own call.
-        layers = decoder_layers(decoder_of(base_of(model)))
-        set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
     if shards.kind in ("fsdp", "tp"):
         # accelerate's own mark: it is ready, and must not be put into DDP.
         model._is_accelerate_prepared = True  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 # A process may wait this long for another that tokenises, measures or writes.
-LONGEST_WAIT = timedelta(hours=6)
+LONGEST_WAIT = timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,9 @@ def join(on_cuda: bool, deepspeed: bool = False, tensor: int = 1) -> World:
     if size is None or size == 1:
         return World()
     from accelerate import PartialState
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # of a run before this one, in the same processes
     if not PartialState._shared_state:
         if deepspeed:
             os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # how accelerate is told
