@@ -74,14 +74,19 @@ def show_ranks(out: Console, found: RanksPlan) -> None:
     size, seconds = gib(found.checkpoint.num_bytes), duration(found.checkpoint.seconds)
     rate = found.cluster.disk / 1e9
     out.print(f"  [dim]-[/dim] a checkpoint is {size}, written in {seconds} at {rate:g} GB/s")
-    for note in found.notes:
+    reasons: dict[str, list[str]] = {}
+    for plan in found.plans:
+        if plan.why_not:
+            reasons.setdefault(plan.why_not, []).append(plan.name)
+    notes = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    for note in [*notes, *found.notes]:
         out.print(f"  [dim]-[/dim] {escape(note)}")
 
 
 def _verdict(plan: RankPlan) -> str:
     """Say whether a strategy can be used."""
     if plan.why_not:
-        return plan.why_not
+        return "no"
     if not plan.fits:
         return "does not fit"
     can_start = plan.strategy.settings(plan.cluster.num_ranks) is not None
