@@ -62,8 +62,11 @@ class Ranks:
     def target(self) -> Target:
         """What one rank may use; processes of one machine share its RAM."""
         target = self.plan.target
-        if target.device == "cuda":
+        if self.cluster.num_ranks == 1:
             return target
+        if target.device == "cuda":
+            host = self.cluster.host_bytes // self.cluster.ranks_per_node
+            return replace(target, host_bytes=host)
         own = target.reserve_bytes
         share = max(0, target.budget_bytes - own) // self.cluster.ranks_per_node
         return replace(target, budget_bytes=share + own)
