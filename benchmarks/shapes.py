@@ -129,6 +129,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
     },
     "llama-3.1-70b": _llama(80, 8192, 28672, 64),
+    "llama-3.1-405b": _llama(126, 16384, 53248, 128),
 }  # fmt: skip
 
 

@@ -85,11 +85,28 @@ def plan(
     vram: Annotated[
         str | None, typer.Option("--vram", help="Memory of the card to plan for, such as 12GB.")
     ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that share the run, one a GPU.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines they are on.")] = 1,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this one: ddp, fsdp, zero2, zero3+offload, tp8, tp8xfsdp, ..."),
+    ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="RAM of one machine; default: what is free in this one.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what the run will need, item by item, and how its steps are cut; loads no weights."""
     settings = load_config(config, set_ or [])
     _quiet_libraries()
+    if ranks > 1:
+        from whet.ranks_view import show_or_print
+
+        if not show_or_print(
+            settings, ranks, nodes, strategy or [], device, vram, host_memory, as_json
+        ):
+            raise typer.Exit(1)
+        return
     from whet.planning import plan_config
 
     found = plan_config(settings, device, vram)
