@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/train/several.py JOBS.json
 
-JOBS.json lists runs: a config, whether it goes on from a checkpoint, and what befalls which process. Beside
-it rank 0 writes NAME.json for each: the losses, the norms of the gradients, and what the run said.
+JOBS.json lists runs: a config, whether it goes on from a checkpoint, and what befalls which process.
+Beside it rank 0 writes NAME.json for each: losses, norms of the gradients, and what the run said.
 """
 
 import json

@@ -243,11 +243,10 @@ def test_two_machines_meet_and_train_together(command):
     try:
         if reason := namespaces(names):
             pytest.skip(reason)
-        port = 29517
+        options = ["--nproc", "1", "--nnodes", "2", "--rdzv", "10.77.0.1:29517"]
         machines = [
             command(
-                "--nproc", "1", "--nnodes", "2", "--node-rank", str(number), "--rdzv", f"10.77.0.1:{port}",
-                before=("ip", "netns", "exec", name),
+                *options, "--node-rank", str(number), before=("ip", "netns", "exec", name)
             )
             for number, name in enumerate(names)
         ]  # fmt: skip

@@ -99,10 +99,9 @@ def device() -> torch.device:
     """Return the device that whet trains on: this process's CUDA device, or else the CPU."""
     import torch
 
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
     rank = os.environ.get("LOCAL_RANK")  # of several processes each has a GPU
-    return torch.device("cuda" if rank is None else f"cuda:{rank}")
+    place = "cuda" if rank is None else f"cuda:{rank}"
+    return torch.device(place if torch.cuda.is_available() else "cpu")
 
 
 def choose_dtype(name: str | None, full: bool) -> tuple[torch.dtype, str]:

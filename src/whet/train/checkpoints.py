@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer
-from transformers.trainer_pt_utils import safe_globals
 
 from whet.errors import InputError
 from whet.runs import RunFolder, whole_folder
@@ -35,6 +32,7 @@ from whet.train.optimizers import (
     state_loading,
     turn_optimizer,
 )
+from whet.train.randoms import random_file, random_state
 from whet.train.shards import (
     WholeState,
     gather_state,
@@ -101,7 +99,7 @@ def _write_files(
         trainer._save_rng_state(str(folder))
     else:
         for share, state in enumerate(randoms[:: trainer.world.tensor]):
-            torch.save(state, folder / _random_file(share))
+            torch.save(state, folder / random_file(share))
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
     state = {
         "tokens_seen": trainer.tokens_seen,
@@ -111,51 +109,6 @@ def _write_files(
         "watch": trainer.watch.to_dict(),
     }
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-
-
-def _random_file(share: int) -> str:
-    """Return the name of a process's random state; the first's is what a single one would have."""
-    return f"rng_state_{share}.pth" if share else "rng_state.pth"
-
-
-def random_state() -> dict[str, Any]:
-    """Return the state of this process's random generators, as transformers keeps it."""
-    found = {
-        "python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state(),
-    }  # fmt: skip
-    return {**found, "cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else found
-
-
-def seed_share(trainer: WhetTrainer, step: int) -> None:
-    """Give the processes random streams of their own; rank 0's is that of a single process.
-
-    Args:
-        trainer: Its processes that compute one replica together stay in step.
-        step: Steps done, so that a stream is not begun anew at a resume.
-    """
-    if trainer.world.share:
-        torch.manual_seed(trainer.args.seed * 1_000_003 + step * 1009 + trainer.world.share)
-
-
-def load_random_state(trainer: WhetTrainer, folder: Path) -> None:
-    """Put back a process's random state, or begin a new stream where there was no such process.
-
-    Args:
-        trainer: Between two steps.
-        folder: A checkpoint that was found whole.
-    """
-    file = folder / _random_file(trainer.world.share)
-    if not file.is_file():
-        seed_share(trainer, step_of(folder))
-        return
-    with safe_globals():  # of numpy's state
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        kept = state["cuda"]
-        torch.cuda.set_rng_state(kept[0] if isinstance(kept, list) else kept)
 
 
 def restore_checkpoint(trainer: WhetTrainer, folder: Path) -> None:

@@ -45,7 +45,6 @@ from whet.train.checkpoints import (
     load_before_spreading,
     newest_whole,
     save_weights,
-    seed_share,
     settle,
 )
 from whet.train.launch import as_launched, goes_on_after_a_restart
@@ -54,6 +53,7 @@ from whet.train.optimizer_kinds import check_optimizer
 from whet.train.planning import choose_graphs, ease, plan_run, probe_run, tell_event
 from whet.train.plot import plot_loss
 from whet.train.preference import trainer_of
+from whet.train.randoms import seed_share
 from whet.train.results import BaseFirst, Training, write_evaluation, write_samples
 from whet.train.shards import Shards
 from whet.train.steps import StepSettings

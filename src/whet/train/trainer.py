@@ -29,12 +29,12 @@ from whet.train.arguments import training_arguments
 from whet.train.callbacks import HeldOutWatch, SaveEvery, StopAtSignal
 from whet.train.checkpoints import (
     load_optimizer,
-    load_random_state,
     restore_checkpoint,
     write_checkpoint,
 )
 from whet.train.meter import Meter
 from whet.train.optimizers import make_optimizer, turn_optimizer
+from whet.train.randoms import load_random_state
 from whet.train.steps import StepSettings, StepTrainer
 from whet.train.strategy import strategy_arguments
 from whet.train.survive import (
