@@ -108,7 +108,8 @@ def plan_ranks(
             f"a step has {workload.batch_size} examples for {num_ranks} ranks: raise train.batch_size"
         )
     return RanksPlan(
-        plans, simplest, reason, tuple(largest_that_fits(ranks, one) for one in wished),
+        plans, simplest, reason,
+        tuple(0 if one.why_not else largest_that_fits(ranks, one.strategy) for one in plans),
         checkpoint_of(ranks), cluster, tuple(notes),
     )  # fmt: skip
 

@@ -353,7 +353,7 @@ def checkpoint_of(ranks: Ranks) -> Checkpoint:
     return Checkpoint(size, size / ranks.cluster.disk)
 
 
-def largest_that_fits(ranks: Ranks, strategy: Strategy, most: int = 2**14) -> int:
+def largest_that_fits(ranks: Ranks, strategy: Strategy, most: int = 2**12) -> int:
     """Return the parameters of the deepest model of these layers that fits; 0 when one layer does not.
 
     Args:
