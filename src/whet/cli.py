@@ -155,7 +155,7 @@ def train(
     _quiet_libraries()
     from whet.terminal import Terminal, show_end, show_evaluation
     from whet.train.launch import as_one_of_several, is_first
-    from whet.train.listen import LogListener
+    from whet.train.listen import QuietListener
 
     terminal = Terminal()
     if is_first():
@@ -164,7 +164,7 @@ def train(
 
     try:
         with as_one_of_several():
-            run = fit(settings, resume, terminal if is_first() else LogListener(quiet=True))
+            run = fit(settings, resume, terminal if is_first() else QuietListener())
     finally:
         terminal.finish()
     if not is_first():

@@ -10,8 +10,9 @@ from whet.config_file import load_config
 from whet.engine.graphs import GraphedPasses
 from whet.engine.passes import PackedPass
 from whet.plan.speed import Speed
-from whet.train import recipe
+from whet.train import planning, recipe
 from whet.train.listen import LogListener
+from whet.train.world import World
 
 
 class Heard(LogListener):
@@ -38,10 +39,10 @@ def recorder(monkeypatch):
     """
     made = Recorder()
 
-    def graphs(config, model, plan, packs, listener):
+    def graphs(config, model, plan, packs, listener, world):
         return GraphedPasses(model, made, listener.note)
 
-    monkeypatch.setattr(recipe, "_graphs", graphs)
+    monkeypatch.setattr(recipe, "choose_graphs", graphs)
     monkeypatch.setattr(PackedPass, "key", property(lambda self: (self.lengths, self.num_rows)))
     return made
 
@@ -94,8 +95,8 @@ def test_graphs_that_are_wished_for_on_the_cpu_are_told_once(short):
 @pytest.mark.parametrize("wish", ["auto", "off"])
 def test_nobody_hears_of_graphs_that_were_not_wished_for(short, wish):
     heard = Heard()
-    made = recipe._graphs(
-        load_config(short, [f"engine.cuda_graphs='{wish}'"]), None, None, True, heard
+    made = recipe.choose_graphs(
+        load_config(short, [f"engine.cuda_graphs='{wish}'"]), None, None, True, heard, World()
     )  # type: ignore[arg-type]
     assert made is None and not heard.notes
 
@@ -111,5 +112,5 @@ def test_small_layers_wait_for_launches_and_large_ones_do_not():
             flops_of=lambda lengths, labels: (30 * layer_flops * sum(lengths), 0),
         )
 
-    assert recipe._waits_for_launches(plan(4 * 3.5e6))  # 135M parameters, an adapter
-    assert not recipe._waits_for_launches(plan(4 * 200e6))  # 8B
+    assert planning._waits_for_launches(plan(4 * 3.5e6))  # 135M parameters, an adapter
+    assert not planning._waits_for_launches(plan(4 * 200e6))  # 8B

@@ -24,15 +24,9 @@ class Listener(Protocol):
 
 
 class LogListener:
-    """The Listener of a run without a front end: everything goes to `logging`.
+    """The Listener of a run without a front end: everything goes to `logging`."""
 
-    Args:
-        quiet: Log all of it as debugging; of several processes one is heard.
-    """
-
-    def __init__(self, quiet: bool = False) -> None:
-        self._plain = logging.DEBUG if quiet else logging.INFO
-        self._loud = logging.DEBUG if quiet else logging.WARNING
+    _plain, _loud = logging.INFO, logging.WARNING
 
     def stage(self, text: str) -> None:
         """Log a stage."""
@@ -46,3 +40,9 @@ class LogListener:
         """Log a step."""
         done = f"step {progress.step}/{progress.num_steps}"
         logger.log(self._plain, "%s loss %.4f", done, progress.loss)
+
+
+class QuietListener(LogListener):
+    """Of several processes one is heard; the others log as debugging."""
+
+    _plain = _loud = logging.DEBUG
