@@ -12,6 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
+cut = {}
+
 
 def main(file: Path) -> None:
     from whet.config_file import load_config
@@ -19,6 +21,13 @@ def main(file: Path) -> None:
     from whet.train.listen import LogListener
 
     recipe.plot_loss = lambda run: None
+    spread = recipe.spread
+
+    def spread_and_note(model, *args):
+        note_pieces(spread(model, *args))
+        return model
+
+    recipe.spread = spread_and_note
     callbacks.forget_peak_memory = lambda: 0
 
     class Notes(LogListener):
@@ -34,6 +43,7 @@ def main(file: Path) -> None:
         befall(job)
         if job.get("forget") and os.environ["RANK"] == "0":
             shutil.rmtree(job["forget"])
+        cut.clear()
         run = recipe.fit(load_config(job["config"]), job.get("resume", False), notes)
         if run.writes:
             rows = run.metrics()
@@ -43,8 +53,20 @@ def main(file: Path) -> None:
                 "events": [row for row in rows if "event" in row],
                 "notes": notes.heard,
                 "report": run.report,
+                "cut": cut,
             }
             file.with_name(f"{job['name']}.json").write_text(json.dumps(result))
+
+
+def note_pieces(model):
+    """Note how many bytes of the model this process holds, and how many there are."""
+    from torch.distributed.tensor import DTensor
+
+    for kind in ("float", "quantised"):
+        layers = [p for n, p in model.named_parameters() if ".layers." in n]
+        parts = [p for p in layers if (p.shape[-1] == 1) == (kind == "quantised")]
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in parts]
+        cut[kind] = [sum(p.nbytes for p in local), sum(p.nbytes for p in parts)]
 
 
 def befall(job):

@@ -16,7 +16,8 @@ from whet.train.recipe import LogListener, fit
 SEVERAL = Path(__file__).with_name("several.py")
 FULL = {"train.parameters": "full", "train.learning_rate": 1e-3}
 # Runs by name: what each changes, and what befalls it.
-SINGLE = {"lora": {}, "full": FULL, "rows": {"train.batch_size": 1}}
+NF4 = {"model.load_in_4bit": True}
+SINGLE = {"lora": {}, "full": FULL, "rows": {"train.batch_size": 1}, "nf4": NF4}
 
 
 def test_shares_are_fair_and_complete():
@@ -108,7 +109,9 @@ def together(base_config, tmp_path_factory):
         job("ddp-full", {**FULL, "parallel.strategy": "ddp"}),
         job("ddp-rows", {"train.batch_size": 1}),
         job("ddp-memory", {"plan.tokens_per_pass": 400}, out_of_memory=[1, 0]),
+        job("ddp-nf4", {**NF4, "parallel.strategy": "ddp"}),
         job("fsdp-lora", {"parallel.strategy": "fsdp"}),
+        job("fsdp-nf4", {**NF4, "parallel.strategy": "fsdp"}),
         job("fsdp-full", {**FULL, "parallel.strategy": "fsdp"}),
         job("tp-full", {**FULL, "parallel.strategy": "tp"}),
         # A run of DDP that goes on spread over the processes.
@@ -176,6 +179,8 @@ def norms(run):
         ("fsdp-lora", "lora"),
         ("fsdp-full", "full"),
         ("tp-full", "full"),
+        ("ddp-nf4", "nf4"),
+        ("fsdp-nf4", "nf4"),
     ],
 )
 def test_losses_of_two_processes_are_those_of_one(alone, together, name, like):
@@ -215,6 +220,13 @@ def test_only_the_first_process_writes_reports_and_each_its_own_figures(alone, t
     metrics = RunFolder(folder).metrics()
     assert sum(own) == metrics[-1]["tokens_seen"]
     assert max(own) < 1.2 * min(own)  # passes of equal cost
+
+
+def test_four_bit_weights_are_spread_too(together):
+    here, whole = together["fsdp-nf4"]["cut"]["quantised"]
+    assert whole > 0 and here * 2 == whole
+    here, whole = together["fsdp-full"]["cut"]["float"]
+    assert here * 2 == whole
 
 
 @pytest.mark.parametrize("name", ["ddp-lora", "fsdp-lora", "fsdp-full", "tp-full"])

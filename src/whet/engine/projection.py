@@ -107,6 +107,8 @@ def check_own_forward(module: nn.Module) -> None:
 
 def _read_nf4(module: Any, adapter: Adapter | None) -> Projection:
     state = getattr(module.weight, "quant_state", None)
+    if state is None and isinstance(module.weight, nn.Parameter):
+        state = getattr(module, "quant_state", None)  # FSDP2 has made the parameter anew
     if state is None:
         raise Unsupported("a 4-bit weight that is not quantised yet")
     if getattr(state, "packing_format_for_cpu", False):
@@ -120,8 +122,11 @@ def _read_nf4(module: Any, adapter: Adapter | None) -> Projection:
         )
     if len(state.shape) != 2:
         raise Unsupported("4-bit weights that are no matrix")
+    packed = module.weight.data
+    if packed.dtype != torch.uint8:  # bytes that are stored as numbers (bnb_4bit_quant_storage)
+        packed = packed.view(torch.uint8).view(-1, 1)
     return Projection(
-        from_quant_state(module.weight.data, state), module.bias, adapter, False,
+        from_quant_state(packed, state), module.bias, adapter, False,
         module.compute_dtype if module.compute_type_is_set else None,
     )  # fmt: skip
 

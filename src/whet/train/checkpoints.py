@@ -148,11 +148,11 @@ def load_optimizer(trainer: WhetTrainer, folder: str | None, load: Callable[[str
     """
     if folder is None:
         return
-    assert trainer.lr_scheduler is not None
     if trainer.shards is not None:
         load_optimizer_state(trainer, folder)
         kept = torch.load(f"{folder}/scheduler.pt", map_location="cpu", weights_only=True)
-        trainer.lr_scheduler.load_state_dict(kept)
+        scheduler: Any = trainer.lr_scheduler
+        scheduler.load_state_dict(kept)
         return
     with state_loading(trainer.whet_config.train.optimizer):
         load(folder)

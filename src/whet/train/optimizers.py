@@ -148,12 +148,35 @@ def _make_stable_on_cpu(
     """torch-optimi's StableAdamW without its kernels, which 0.3.3 takes on a CPU too where triton is."""
     made, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
     settings.pop("weight_decay")
+    groups = [group for group in _two_groups(model, args, decayed) if group["params"]]
+    return made(groups, triton=False, **settings)
+
+
+def make_for_tensor_parallel(
+    model: nn.Module, args: TrainingArguments, decayed: Iterable[str]
+) -> torch.optim.Optimizer:
+    """Make AdamW or SGD that steps each tensor by itself: some are cut, and no call takes both kinds.
+
+    transformers would put the two kinds into groups of their own, and a checkpoint's groups would not be
+    those of one process.
+
+    Args:
+        model: Cut by a tensor parallel plan.
+        args: The trainer's arguments.
+        decayed: Names of the parameters that weight decay holds for.
+    """
+    made, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
+    settings = {k: v for k, v in settings.items() if k not in ("fused", "weight_decay")}
+    return made(_two_groups(model, args, set(decayed)), foreach=False, **settings)
+
+
+def _two_groups(model: nn.Module, args: TrainingArguments, decayed: set[str]) -> list[Any]:
+    """Return what is trained in transformers' groups: what weight decay holds for, and the rest."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
+    return [
         {"params": [p for n, p in named if n in decayed], "weight_decay": args.weight_decay},
         {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
     ]
-    return made([group for group in groups if group["params"]], triton=False, **settings)
 
 
 def _make_projecting(

@@ -16,6 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 if TYPE_CHECKING:
+    from whet.train.steps import StepTrainer
     from whet.train.trainer import WhetTrainer
 
 Kind = Literal["fsdp", "tp", "zero2", "zero3"]
@@ -34,7 +35,7 @@ class Shards:
     whole_gradients: bool = False
 
     def gradients_meet(
-        self, trainer: WhetTrainer, model: Any, last: bool
+        self, trainer: StepTrainer, model: Any, last: bool
     ) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a pass, in which gradients are reduced or wait for the last pass."""
         trainer.accelerator.gradient_state._set_sync_gradients(last)
@@ -105,7 +106,8 @@ def save_spread(trainer: WhetTrainer, folder: Path, weights: dict[str, torch.Ten
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return all of a tensor, on the CPU; every process must ask."""
     if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor().cpu()
+        whole: torch.Tensor = tensor.full_tensor()
+        return whole.detach().cpu()
     if hasattr(tensor, "ds_id"):  # ZeRO 3
         import deepspeed
 
@@ -163,6 +165,7 @@ def _gather_deepspeed(trainer: WhetTrainer) -> dict[str, Any]:
                 state[number] = {
                     key: value.detach().cpu().clone().view(_shape(parameter))
                     for key, value in values.items()
+                    if value is not None
                 }
                 if "step" in flat[0]:
                     state[number]["step"] = flat[0]["step"].detach().cpu().clone()
@@ -186,7 +189,7 @@ def _load_deepspeed(trainer: WhetTrainer, kept: dict[str, Any]) -> None:
     """Put a state that torch wrote into DeepSpeed's flat pieces, which are not made before a step."""
     from deepspeed.utils import safe_set_full_optimizer_state
 
-    zero: Any = trainer.model_wrapped.optimizer
+    zero = _zero_of(trainer)
     for piece in _flat_pieces(trainer):
         made = {k: torch.zeros_like(piece) for k in kept["state"][0] if k != "step"}
         if "step" in kept["state"][0]:
@@ -206,20 +209,25 @@ def _link_states(trainer: WhetTrainer) -> None:
     It does so by itself after the first group of the first step, when later groups have no state yet, and
     not again (deepspeed 0.19.8). This can go when it links every group.
     """
-    zero: Any = trainer.model_wrapped.optimizer
+    zero = _zero_of(trainer)
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
+def _zero_of(trainer: WhetTrainer) -> Any:
+    wrapped: Any = trainer.model_wrapped
+    return wrapped.optimizer
+
+
 def _flat_pieces(trainer: WhetTrainer) -> list[torch.Tensor]:
-    zero: Any = trainer.model_wrapped.optimizer
+    zero = _zero_of(trainer)
     stage3 = getattr(zero, "fp32_partitioned_groups_flat", None)
     return list(zero.single_partition_of_fp32_groups if stage3 is None else stage3)
 
 
 def _flat_states(trainer: WhetTrainer) -> list[dict[str, torch.Tensor]]:
-    zero: Any = trainer.model_wrapped.optimizer
+    zero = _zero_of(trainer)
     return [zero.optimizer.state[piece] for piece in _flat_pieces(trainer)]
 
 

@@ -108,7 +108,8 @@ class StepTrainer(Trainer):
         """
         del num_items_in_batch
         model.train()
-        turn_optimizer(self.optimizer, "train")
+        optimizer: Any = self.optimizer
+        turn_optimizer(optimizer, "train")
         rows = self._own_part(list(inputs))
         num_items = self._count_items(rows)
         state = RandomState.take()

@@ -115,7 +115,7 @@ def loading_options(shards: Shards | None, world: World) -> dict[str, Any]:
     """Return arguments of transformers' `from_pretrained` for a model that will be spread."""
     if shards is None or shards.kind != "tp":
         return {}
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     plan = DistributedConfig(tp_size=world.size, tp_plan="auto")
     return {"distributed_config": plan, "device_map": None}
@@ -212,7 +212,7 @@ def _shard_fully(model: CausalLM, config: Config, world: World) -> None:
     )
 
     offload = config.parallel.offload and device().type == "cuda"
-    # 4-bit weights are bytes with scales beside them, and stay whole in each process.
+    _store_as_numbers(model)
     whole = {p for p in model.parameters() if not p.is_floating_point()}
     options: dict[str, Any] = {
         "mesh": init_device_mesh(device().type, (world.size,)),
@@ -224,3 +224,19 @@ def _shard_fully(model: CausalLM, config: Config, world: World) -> None:
     fully_shard(model, **options)
     if hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")
+
+
+def _store_as_numbers(model: CausalLM) -> None:
+    """Have the bytes of 4-bit weights taken for numbers, which FSDP2 cuts and puts together.
+
+    Their scales, an eighth of a bit a weight, stay whole in each process: bitsandbytes keeps them beside
+    the parameter, and in the module.
+    """
+    for module in model.modules():
+        weight: Any = module._parameters.get("weight")  # an adapter shows that of its base too
+        if type(weight).__name__ != "Params4bit" or weight.dtype != torch.uint8:
+            continue
+        if weight.numel() % torch.bfloat16.itemsize == 0:
+            module.quant_state = weight.quant_state  # type: ignore[assignment]
+            numbers = weight.data.view(-1).view(torch.bfloat16).view(-1, 1)
+            module.weight = torch.nn.Parameter(numbers, requires_grad=False)  # type: ignore[assignment]

@@ -1,6 +1,6 @@
 """What a run does when memory runs out: recognise it, free what can be freed, and step again.
 
-The pass that failed is cut smaller by the trainer (`WhetTrainer.training_step`); here is what that needs.
+The pass that failed is cut smaller by the trainer (`StepTrainer.training_step`); here is what that needs.
 With several processes each says what it wishes for, and all do the same.
 """
 
@@ -21,7 +21,7 @@ from whet.engine.offload import release_offload_buffers
 from whet.errors import WhetError
 
 if TYPE_CHECKING:
-    from whet.train.trainer import WhetTrainer
+    from whet.train.steps import StepTrainer
 
 # How allocators other than torch's CUDA one say it, in a RuntimeError.
 _SIGNS = (
@@ -90,7 +90,7 @@ def cannot_step_again(rank: int, reason: str) -> WhetError:
     )
 
 
-def wish_for(trainer: WhetTrainer, passes: list[list[Tokens]]) -> int:
+def wish_for(trainer: StepTrainer, passes: list[list[Tokens]]) -> int:
     """Return what a process wishes for whose memory ran out: tokens of a pass, or KEEP_LESS."""
     failed = passes[trainer.at[0]]
     if len(failed) <= 1:
@@ -99,7 +99,7 @@ def wish_for(trainer: WhetTrainer, passes: list[list[Tokens]]) -> int:
 
 
 def make_room(
-    trainer: WhetTrainer, passes: list[list[Tokens]], reason: str, wishes: list[int]
+    trainer: StepTrainer, passes: list[list[Tokens]], reason: str, wishes: list[int]
 ) -> None:
     """Make the passes smaller, or else the model keep less, and tell it.
 

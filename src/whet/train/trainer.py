@@ -33,7 +33,7 @@ from whet.train.checkpoints import (
     write_checkpoint,
 )
 from whet.train.meter import Meter
-from whet.train.optimizers import make_optimizer, turn_optimizer
+from whet.train.optimizers import make_for_tensor_parallel, make_optimizer, turn_optimizer
 from whet.train.randoms import load_random_state
 from whet.train.steps import StepSettings, StepTrainer
 from whet.train.strategy import strategy_arguments
@@ -125,7 +125,10 @@ class WhetTrainer(StepTrainer):
             assert self.model is not None
             names = self.get_decay_parameter_names(self.model)
             train = self.whet_config.train
-            self.optimizer = make_optimizer(self.model, self.args, train, names)
+            if self.shards is not None and self.shards.kind == "tp":
+                self.optimizer = make_for_tensor_parallel(self.model, self.args, names)
+            else:
+                self.optimizer = make_optimizer(self.model, self.args, train, names)
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh:
             # DeepSpeed puts flat pieces in their place.
