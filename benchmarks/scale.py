@@ -117,7 +117,7 @@ def _row(num: int, plan: RankPlan) -> str:
         f"| {num:,} | {plan.name} | {plan.choice.peak_bytes / 2**30:,.1f} | {host} "
         f"| {plan.sent_bytes / 2**30:,.1f} | {plan.choice.step_seconds:.2f} "
         f"| {plan.communication_seconds:.2f} | {plan.exposed_seconds:.2f} "
-        f"| {'yes' if plan.fits else 'no'} |"
+        f"| {'not run' if plan.why_not else 'yes' if plan.fits else 'no'} |"
     )
 
 

@@ -97,7 +97,7 @@ def plan_ranks(
     except ValueError as error:
         raise InputError(f"--host-memory: {error}") from error
     cluster = Cluster(num_ranks, num_nodes, host_bytes=host)
-    plan, workload = _plan(config, device, memory, num_ranks)
+    plan, workload = _plan(config, device, memory, num_ranks, cluster.ranks_per_node)
     ranks = ranks_of(config, plan, cluster, workload)
     wished = [parse_strategy(text, ranks) for text in strategy] or strategies(ranks)
     plans = tuple(plan_strategy(ranks, one) for one in wished)
@@ -129,14 +129,17 @@ def plan_config(config: Config, device: str | None = None, memory: str | None = 
 
 
 def _plan(
-    config: Config, device: str | None, memory: str | None, shares: int = 1
+    config: Config, device: str | None, memory: str | None, shares: int = 1, neighbours: int = 1
 ) -> tuple[Plan, Workload]:
     """Plan one process, with its share of a step; return the workload of all of them too."""
     limit = max_length(config.model)
     dtype, _ = choose_dtype(config.model.dtype, config.train.parameters != "lora")
     lengths, num_labels, why = _read_lengths(config, limit)
     workload = workload_of(config, lengths, num_labels, limit)
-    target = target_of(device, memory or config.plan.memory, dtype, named=memory is not None)
+    memory_of_one = memory or config.plan.memory
+    target = target_of(device, memory_of_one, dtype, named=memory is not None)
+    if memory_of_one is None:
+        target = target.shared_by(neighbours)
     if target.device == "cuda" != here().type and not config.model.dtype:
         # The card is not here to be asked; what is sold today computes bfloat16.
         dtype = torch.bfloat16 if config.train.parameters == "lora" else torch.float32

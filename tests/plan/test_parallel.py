@@ -13,10 +13,10 @@ from whet.plan.parallel import (
     checkpoint_of,
     largest_that_fits,
     parse_strategy,
+    plan_of_rank,
     plan_strategy,
     ranks_of,
     simplest_of,
-    simplest_that_fits,
     strategies,
     why_not,
 )
@@ -220,7 +220,8 @@ def test_the_largest_model_fits_and_one_layer_more_does_not(config):
 
 def test_the_simplest_that_fits_is_taken_with_the_reason(config):
     roomy = ranks(config, 4, *FULL)
-    strategy, reason = simplest_that_fits(roomy.config, roomy.plan, roomy.cluster)
+    candidates = [Strategy("ddp"), Strategy("fsdp")]
+    strategy, plan, reason = plan_of_rank(roomy, candidates)
     assert strategy == Strategy("ddp") and reason.startswith("ddp needs")
     least = {
         s: min(
@@ -231,11 +232,25 @@ def test_the_simplest_that_fits_is_taken_with_the_reason(config):
     }
     assert least[Strategy("fsdp")] < least[Strategy("ddp")]
     tight = ranks(config, 4, *FULL, budget=sum(least.values()) / 2)
-    strategy, reason = simplest_that_fits(tight.config, tight.plan, tight.cluster)
+    strategy, plan, reason = plan_of_rank(tight, candidates)
     assert strategy == Strategy("fsdp") and "ddp would need" in reason
+    assert plan.fits and plan.choice.peak_bytes <= tight.target.budget_bytes
+    assert {i.name for i in plan.items} >= {"gathered weights", "optimizer states"}
     none = ranks(config, 4, *FULL, budget=1e5)
-    strategy, reason = simplest_that_fits(none.config, none.plan, none.cluster)
-    assert strategy is None and reason.startswith("nothing fits")
+    strategy, plan, reason = plan_of_rank(none, candidates)
+    assert strategy == candidates[-1] and not plan.fits and reason.startswith("nothing fits")
+    assert plan.changes
+    with pytest.raises(InputError, match="'tp 4': 2 key and value heads"):
+        plan_of_rank(ranks(config, 4), [Strategy("ddp", tensor=4)])
+    with pytest.raises(InputError, match="adapters stand beside whole ones"):
+        plan_of_rank(ranks(config, 2), [Strategy("ddp", tensor=2)])
+
+
+def test_processes_of_a_machine_share_its_ram_and_not_their_gpus():
+    cpu = Target("cpu", "a cpu", 1000, 200, 0, SPEED).shared_by(4)
+    assert (cpu.budget_bytes, cpu.reserve_bytes) == (400, 200)
+    card = Target("cuda", "a card", 1000, 200, 800, SPEED)
+    assert card.shared_by(4) == card
 
 
 def test_what_cannot_be_used_says_why(config):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,65 @@ def deepspeed(base_config, tmp_path_factory):
     return start(tmp_path_factory.mktemp("jobs"), jobs)
 
 
+@pytest.fixture(scope="module")
+def four_heads(tiny_model, tmp_path_factory):
+    """The tiny model with heads for four processes."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(1)
+    shape = AutoConfig.from_pretrained(tiny_model, num_key_value_heads=4)
+    folder = tmp_path_factory.mktemp("models") / "four-heads"
+    AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return {**FULL, "model.name": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def four(base_config, together, four_heads, tmp_path_factory):
+    """The runs of four processes, among them one that goes on with what two have saved."""
+    runs = Path(base_config["run"]["dir"])
+    shutil.copytree(runs / "ddp-full", runs / "two-then-four")
+    shutil.rmtree(runs / "two-then-four/checkpoints/step-6")
+
+    def job(name, changes, **more):
+        return {"name": name, "config": settings(base_config, name, changes).model_dump(), **more}
+
+    jobs = [
+        job("ddp-4", {"parallel.strategy": "ddp"}),
+        job("fsdp-4", {"parallel.strategy": "fsdp"}),
+        job("tp-4", {**four_heads, "parallel.strategy": "tp"}),
+        job("two-then-four", {**FULL, "parallel.strategy": "fsdp"}, resume=True),
+    ]
+    return start(tmp_path_factory.mktemp("jobs"), jobs, nproc=4)
+
+
+@pytest.mark.slow
+def test_losses_of_four_processes_are_those_of_one(alone, four, four_heads, base_config, quick):
+    for name in ("ddp-4", "fsdp-4"):
+        assert four[name]["losses"] == pytest.approx(losses(alone["lora"]), abs=1e-5)
+        assert four[name]["report"]["processes"] == 4
+    like = fit(settings(base_config, "four-heads", four_heads), listener=LogListener())
+    assert four["tp-4"]["losses"] == pytest.approx(losses(like), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_four_processes_go_on_with_what_two_have_saved(alone, four):
+    assert four["two-then-four"]["losses"] == pytest.approx(losses(alone["full"]), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_losses_of_four_processes_with_deepspeed_are_those_of_one(
+    alone, base_config, tmp_path, stage
+):
+    pytest.importorskip("deepspeed", reason="pip install 'whet[deepspeed]'")
+    changes = {**FULL, "parallel.strategy": "deepspeed", "parallel.zero_stage": stage}
+    config = settings(base_config, f"zero{stage}-4", changes).model_dump()
+    found = start(tmp_path, [{"name": "run", "config": config}], nproc=4)
+    assert found["run"]["losses"] == pytest.approx(losses(alone["full"]), abs=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero2-lora", "zero2-full", "zero3-lora", "zero3-full"])
 def test_losses_with_deepspeed_are_those_of_one_process(alone, deepspeed, name):
@@ -232,8 +292,6 @@ def test_four_bit_weights_are_spread_too(together):
 @pytest.mark.parametrize("name", ["ddp-lora", "fsdp-lora", "fsdp-full", "tp-full"])
 def test_one_process_goes_on_with_a_checkpoint_of_two(alone, together, base_config, name, quick):
     """Its folder is the one that a single process would have written."""
-    import shutil
-
     like = name.partition("-")[2]
     assert together[name]["losses"]
     folder = alone[like].path.with_name(name)

@@ -7,7 +7,7 @@ of tensors; what an allocator loses between them and what the process needs besi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -82,18 +82,6 @@ class Static:
             Item("optimizer states", self.states, self.states_where),
         ]
         return [item for item in found if item.num_bytes]
-
-    def over(self, num: int, layer: int) -> Static:
-        """Return what each of several processes has of it, when all is spread over them.
-
-        Args:
-            num: Processes.
-            layer: Bytes of the largest layer, which is whole while it is computed, and the next one too.
-        """
-        spread = ("weights", "quantised", "embeddings", "adapters", "gradients", "states")
-        parts: dict[str, int] = {name: -(-getattr(self, name) // num) for name in spread}
-        parts["weights"] += 2 * layer
-        return replace(self, **parts)
 
 
 def num_bytes(module: nn.Module) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from whet.config import Config
@@ -58,18 +57,13 @@ class Ranks:
             work=deeper_work(self.work, num_layers),
         )
 
-    @cached_property
+    @property
     def target(self) -> Target:
-        """What one rank may use; processes of one machine share its RAM."""
-        target = self.plan.target
-        if self.cluster.num_ranks == 1:
+        """What one rank may use; ranks with GPUs share the RAM that is offloaded to."""
+        target, cluster = self.plan.target, self.cluster
+        if cluster.num_ranks == 1 or target.device == "cpu":
             return target
-        if target.device == "cuda":
-            host = self.cluster.host_bytes // self.cluster.ranks_per_node
-            return replace(target, host_bytes=host)
-        own = target.reserve_bytes
-        share = max(0, target.budget_bytes - own) // self.cluster.ranks_per_node
-        return replace(target, budget_bytes=share + own)
+        return replace(target, host_bytes=cluster.host_bytes // cluster.ranks_per_node)
 
     def chooser(self, strategy: Strategy) -> Chooser:
         """Return what answers for the passes of one rank."""
@@ -250,6 +244,8 @@ def why_not(ranks: Ranks, strategy: Strategy) -> str:
         return ""
     if strategy.offload and ranks.target.device == "cpu":
         return "on a CPU there is no other memory to offload to"
+    if strategy.tensor > 1 and config.train.parameters == "lora":
+        return "tensor parallel cuts matrices, and adapters stand beside whole ones"
     if config.model.load_in_4bit and (strategy.tensor > 1 or strategy.kind != "fsdp"):
         return "4-bit weights go with ddp and fsdp only"
     if config.train.optimizer not in PIECEWISE:
@@ -306,30 +302,32 @@ def simplest_of(ranks: Ranks, plans: Sequence[RankPlan]) -> tuple[RankPlan | Non
     return None, f"nothing fits into {budget} a rank: {', '.join(tried)}"
 
 
-def simplest_that_fits(
-    config: Config,
-    plan: Plan,
-    cluster: Cluster,
-    candidates: Sequence[Strategy] | None = None,
-    workload: Workload | None = None,
-) -> tuple[Strategy | None, str]:
-    """Return the simplest strategy that fits, and the reason; None when none does.
+def plan_of_rank(ranks: Ranks, candidates: Sequence[Strategy]) -> tuple[Strategy, Plan, str]:
+    """Plan one process of a run under the simplest strategy that fits.
 
     Args:
-        config: The run's config.
-        plan: Its plan for one process.
-        cluster: The machines.
-        candidates: What may be used, the simplest first; None: all that whet can start.
-        workload: As for `ranks_of`.
+        ranks: The run.
+        candidates: What may be used, the simplest first; the last is planned for where none fits.
+
+    Returns:
+        The strategy, the plan, and why that one.
+
+    Raises:
+        InputError: None of them can be used.
     """
-    ranks = ranks_of(config, plan, cluster, workload)
-    plans = []
-    for strategy in candidates or strategies(ranks):
-        plans.append(plan_strategy(ranks, strategy))
-        found, reason = simplest_of(ranks, plans)
-        if found is not None:
-            return found.strategy, reason
-    return None, simplest_of(ranks, plans)[1]
+    plans = [plan_strategy(ranks, strategy) for strategy in candidates]
+    found, reason = simplest_of(ranks, plans)
+    usable = [plan for plan in plans if not plan.why_not]
+    if not usable:
+        raise InputError(f"strategy '{plans[-1].name}' cannot be used: {plans[-1].why_not}")
+    last = found or usable[-1]
+    chooser = ranks.chooser(last.strategy)
+    changes = ranks.plan.changes or ("take more processes, or a strategy that spreads more",)
+    plan = replace(
+        ranks.plan, choice=last.choice, fits=last.fits, target=ranks.target, workload=chooser.workload,
+        static=chooser.static, chooser=chooser, changes=changes,
+    )  # fmt: skip
+    return last.strategy, plan, reason
 
 
 @dataclass(frozen=True, slots=True)

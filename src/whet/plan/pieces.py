@@ -92,6 +92,11 @@ class Piece:
         """Bytes of all of it."""
         return self.num * self.size + self.scales
 
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that are put together from the processes: all but the scales of 4-bit weights."""
+        return self.num * self.size
+
     def within(self, tensor: int) -> Piece:
         """Return what one of the processes that compute a replica together has of it."""
         return self if self.cut is None else self.rows_of(tensor, self.cut)
@@ -268,8 +273,8 @@ class _Cut:
     replicas: int
 
     def weight(self, piece: Piece) -> int:
-        """Bytes of a parameter; 4-bit weights stay whole, they are bytes with scales beside them."""
-        if self.strategy.kind in ("ddp", "zero2") or piece.role == "quantised":
+        """Bytes of a parameter; the scales of 4-bit weights stay whole."""
+        if self.strategy.kind in ("ddp", "zero2"):
             return piece.num_bytes
         if self.strategy.kind == "zero3":
             return piece.size * -(-piece.num // self.replicas)
@@ -304,11 +309,14 @@ def rank_static(
     weights_at: Where = waits if gathers else "device"
     states_at: Where = "host" if optimizer.startswith("paged") and device == "cuda" else waits
     tables_at: Where = "host" if embeddings == "cpu" and device == "cuda" else weights_at
-    sums = dict.fromkeys(("weights", "quantised", "table", "adapters"), 0)
+    roles = ("weights", "quantised", "table", "adapters")
+    sums, scales = dict.fromkeys(roles, 0), 0
     for piece, count in own.counted():
         eighth = piece.role == "table" and embeddings == "8bit"
         size = piece.num + 4 * piece.shape[0] if eighth else cut.weight(piece)
-        sums[piece.role] += count * size
+        apart = piece.scales if weights_at == "host" else 0
+        sums[piece.role] += count * (size - apart)
+        scales += count * apart
     parts = [(cut.trained(piece), count) for piece, count in own.trained()]
     in_backward = optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise")
     largest = max((4 * part.num for part, _ in parts), default=0)
@@ -322,7 +330,8 @@ def rank_static(
     gradients_at: Where = "device" if strategy.kind == "fsdp" and own.adapted else waits
     placed = (
         Item("weights", sums["weights"], weights_at),
-        Item("quantised weights", sums["quantised"]),
+        Item("quantised weights", sums["quantised"], weights_at),
+        Item("scales", scales),
         Item("embeddings and head", sums["table"], tables_at),
         Item("adapters", sums["adapters"], weights_at),
         Item("gathered weights", _gathered(own, strategy, replicas)),
@@ -346,8 +355,8 @@ def _state_bytes(optimizer: str, part: Piece, zero: bool) -> int:
     return state_bytes(optimizer, replace(part, size=4).like() if zero else part.like())
 
 
-def _floating(pieces: Sequence[Piece]) -> int:
-    return sum(piece.num_bytes for piece in pieces if piece.role != "quantised")
+def _sent(pieces: Sequence[Piece]) -> int:
+    return sum(piece.sent_bytes for piece in pieces)
 
 
 def _gathered(own: Pieces, strategy: Strategy, replicas: int) -> int:
@@ -358,11 +367,11 @@ def _gathered(own: Pieces, strategy: Strategy, replicas: int) -> int:
     """
     if strategy.kind not in ("fsdp", "zero3") or replicas == 1:
         return 0
-    largest = max(_floating(layer) for layer, _ in own.layers)
-    outside = _floating(own.outside)
+    largest = max(_sent(layer) for layer, _ in own.layers)
+    outside = _sent(own.outside)
     if strategy.kind == "fsdp":
         return min(2, own.num_layers) * largest + outside
-    everything = sum(count * _floating(layer) for layer, count in own.layers) + outside
+    everything = sum(count * _sent(layer) for layer, count in own.layers) + outside
     return min(everything, max(ZERO_LIVE * own.size, 2 * largest))
 
 

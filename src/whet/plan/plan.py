@@ -11,10 +11,8 @@ import torch
 from whet.config import Config
 from whet.config_file import load_config
 from whet.data.packing import Packing, StepSampler
-from whet.engine.model import decoder_of
-from whet.engine.swap import base_of, decoder_layers
 from whet.errors import WhetError
-from whet.plan.memory import Item, PassModel, Static, num_bytes, static_memory
+from whet.plan.memory import Item, PassModel, Static, static_memory
 from whet.plan.policy import Choice, Chooser, Target, Workload, describe
 from whet.plan.shape import meta_model, shaped
 from whet.plan.speed import Work
@@ -128,7 +126,6 @@ def make_plan(
     target: Target,
     dtype: torch.dtype,
     advise: bool = True,
-    spread: int = 1,
 ) -> Plan:
     """Plan a run.
 
@@ -138,13 +135,12 @@ def make_plan(
         target: What it runs on.
         dtype: Type of the weights, or of the products with 4-bit weights.
         advise: Also say what other settings would change.
-        spread: Processes that the model is spread over.
 
     Returns:
         The plan; with `fits` false when nothing fits, and then `changes` begins with the smallest change
         that would.
     """
-    chooser, notes = _chooser(config, workload, target, dtype, spread)
+    chooser, notes = _chooser(config, workload, target, dtype)
     plan = config.plan
     choice = chooser.choose(plan.preset, plan.tokens_per_pass)
     fits = choice is not None
@@ -178,14 +174,11 @@ def require_fit(plan: Plan) -> None:
 
 
 def _chooser(
-    config: Config, workload: Workload, target: Target, dtype: torch.dtype, spread: int = 1
+    config: Config, workload: Workload, target: Target, dtype: torch.dtype
 ) -> tuple[Chooser, list[str]]:
     model = meta_model(config, dtype)
     placed = config.plan.embeddings
     static = static_memory(model, config.train.optimizer, placed, target.device)
-    if spread > 1:
-        largest = max(num_bytes(block) for block in decoder_layers(decoder_of(base_of(model))))
-        static = static.over(spread, largest)
     made = shaped(model, target.device, config.engine.enabled, config.engine.block_tokens)
     passes = PassModel(made, target.device, config.engine.head_rows, workload.label_share, placed)
     packing = Packing(1, config.pack.split, padded=not (config.pack.enabled and made.packs))

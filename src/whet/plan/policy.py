@@ -82,6 +82,13 @@ class Target:
     host_bytes: int
     speed: Speed
 
+    def shared_by(self, num: int) -> Target:
+        """Return what each of several processes of a machine may use: on a CPU they share its RAM."""
+        if self.device == "cuda":
+            return self
+        own = self.reserve_bytes
+        return replace(self, budget_bytes=max(0, self.budget_bytes - own) // num + own)
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:

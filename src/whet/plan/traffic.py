@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from whet.plan.pieces import Piece, Pieces, Strategy
+from whet.plan.pieces import Pieces, Strategy
 
 # One way, for one GPU. NVLink of an H100: 900 GB/s both ways together (NVIDIA's H100 data sheet).
 # Network: one port of 400 Gbit/s a GPU (NVIDIA's DGX H100 data sheet: eight ConnectX-7 ports
@@ -134,8 +134,8 @@ def _of_replicas(own: Pieces, strategy: Strategy, replicas: int, passes: float) 
             Transfer("gradients", share * trained * passes, passes, ring, replicas, stride),
             Transfer("new weights", share * trained, 1, ring, replicas, stride),
         ]
-    layers = sum(n * _gathered(p) for layer, n in own.layers for p in layer)
-    outside = sum(_gathered(p) for p in own.outside)
+    layers = sum(n * p.sent_bytes for layer, n in own.layers for p in layer)
+    outside = sum(p.sent_bytes for p in own.outside)
     # FSDP2 keeps what is outside of the layers from the forward to the backward pass.
     again = 1 if strategy.kind == "fsdp" else 2
     weights = share * passes * (2 * layers + again * outside)
@@ -146,10 +146,6 @@ def _of_replicas(own: Pieces, strategy: Strategy, replicas: int, passes: float) 
         Transfer("weights", weights, calls, ring, replicas, stride),
         Transfer("gradients", share * trained * times, times * (num + 1), ring, replicas, stride),
     ]
-
-
-def _gathered(piece: Piece) -> int:
-    return 0 if piece.role == "quantised" else piece.num_bytes
 
 
 def exposed_seconds(

@@ -333,8 +333,9 @@ def as_launched(config: Config) -> Config:
 
 def _wishes_of_accelerate() -> Iterator[str]:
     found = os.environ
-    if found.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        stage = found.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    # The first alone is not the launcher's: transformers sets it for every run with DeepSpeed.
+    stage = found.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    if found.get("ACCELERATE_USE_DEEPSPEED") == "true" and stage is not None:
         yield "parallel.strategy=deepspeed"
         yield f"parallel.zero_stage={3 if stage == '3' else 2}"
         if found.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none":

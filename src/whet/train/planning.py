@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from whet.config import Config
+from whet.config_file import load_config
 from whet.data.prepare import PreparedData
 from whet.data.store import count_labels, lengths_of
 from whet.engine.graphs import LAUNCH_SECONDS, CudaRecorder, GraphedPasses, reason_against
 from whet.engine.swap import current_policies, set_policies, takes_packed
 from whet.model import CausalLM
 from whet.model.load import choose_dtype, device
+from whet.plan.parallel import plan_of_rank, ranks_of
+from whet.plan.pieces import Strategy
 from whet.plan.plan import Plan, gib, make_plan, require_fit, workload_of
-from whet.plan.policy import Target, describe
+from whet.plan.policy import describe
 from whet.plan.probe import corrected, largest_pass, may_matter, probe
-from whet.plan.target import target_of
+from whet.plan.target import SHARE, free_host_bytes, target_of
+from whet.plan.traffic import Cluster
 from whet.runs import RunFolder
 from whet.sections import PREFERENCES
 from whet.train.callbacks import Metrics
@@ -29,7 +34,7 @@ from whet.train.world import World
 
 def plan_run(
     config: Config, data: PreparedData, limit: int, listener: Listener, world: World
-) -> tuple[Plan, str]:
+) -> tuple[Plan, Config]:
     """Plan the memory of a process, before anything is loaded or written.
 
     Args:
@@ -40,46 +45,65 @@ def plan_run(
         world: The processes.
 
     Returns:
-        The plan, and the strategy: what `auto` comes to, or none for one process.
+        The plan, and the config with the strategy that `auto` comes to.
+
+    Raises:
+        InputError: The strategy cannot be used.
+        WhetError: Nothing fits.
     """
     listener.stage("planning the memory")
     dtype, _ = choose_dtype(config.model.dtype, config.train.parameters != "lora")
     lengths = lengths_of(data.train).tolist()
     workload = workload_of(config, lengths, count_labels(data.train), limit)
-    # A process plans for its part of a step, and all plan for the one with the least memory.
-    workload = replace(
+    target = target_of(device().type, config.plan.memory, dtype)
+    if config.plan.memory is None:
+        target = target.shared_by(world.local_size)
+    # All plan for the process with the least memory.
+    least = min(world.gather(target.budget_bytes))
+    target = replace(world.agree(target), budget_bytes=least)
+    # A process plans for its part of a step.
+    part = replace(
         workload,
         batch_size=-(-workload.batch_size // world.shares),
         batch_tokens=workload.batch_tokens and -(-workload.batch_tokens // world.shares),
     )
-    target = target_of(device().type, config.plan.memory, dtype)
-    least = min(world.gather(_budget(target, config, world)))
-    target = replace(world.agree(target), budget_bytes=least)
-    strategy, num = config.parallel.strategy, world.size
-    if num == 1:
-        strategy = "none"
-    spread = 1 if strategy in ("none", "auto", "ddp") else num
-    plan = make_plan(config, workload, target, dtype, advise=False, spread=spread)
-    if strategy == "auto":
-        strategy, why = "ddp", "the whole model fits into each process"
-        if not plan.fits and not list(faults(config, "fsdp")):
-            other = make_plan(config, workload, target, dtype, advise=False, spread=num)
-            if other.fits:
-                plan, strategy = other, "fsdp"
-                why = f"the whole model does not fit into a process, and a part in {num} does"
-        listener.note(f"{num} processes, strategy {strategy}: {why}")
-    elif num > 1:
-        listener.note(f"{num} processes, strategy {strategy}")
+    plan = make_plan(config, part, target, dtype, advise=False)
+    if world.size > 1:
+        nodes = max(1, world.size // world.local_size)
+        host = min(world.gather(int(SHARE * free_host_bytes())))
+        cluster = Cluster(world.size, nodes, host_bytes=host)
+        ranks = ranks_of(config, plan, cluster, workload)
+        strategy, plan, why = plan_of_rank(ranks, list(_candidates(config, world)))
+        settings = strategy.settings(world.size) or {}
+        config = load_config(config, [f"{key}={value}" for key, value in settings.items()])
+        listener.note(f"{world.size} processes, strategy {strategy.name(world.size)}: {why}")
     require_fit(plan)
     _tell_plan(plan, listener)
-    return plan, strategy
+    return plan, config
 
 
-def _budget(target: Target, config: Config, world: World) -> int:
-    """Return the memory of one process; those of one machine share its RAM."""
-    if target.device == "cpu" and config.plan.memory is None:
-        return target.budget_bytes // world.local_size
-    return target.budget_bytes
+def _candidates(config: Config, world: World) -> Iterator[Strategy]:
+    """Yield the strategies that the config allows, the simplest first.
+
+    What `auto` may take is what needs no other way to join the processes: FSDP2 spreads all that ZeRO 3
+    does.
+    """
+    parallel = config.parallel
+    wished = parallel.strategy
+    on_cuda = device().type == "cuda"
+    if wished == "tp":
+        yield Strategy("ddp", tensor=world.size)
+    elif wished == "deepspeed":
+        kind = "zero3" if parallel.zero_stage == 3 else "zero2"
+        yield Strategy(kind, parallel.offload and on_cuda)
+    elif wished == "fsdp":
+        yield Strategy("fsdp", parallel.offload and on_cuda)
+    else:
+        yield Strategy("ddp")
+        if wished == "auto" and not list(faults(config, "fsdp")):
+            yield Strategy("fsdp")
+            if on_cuda:
+                yield Strategy("fsdp", offload=True)
 
 
 def _tell_plan(plan: Plan, listener: Listener) -> None:

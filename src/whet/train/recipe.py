@@ -121,11 +121,12 @@ def fit(
             listener.note(
                 f"{left_out} answers are left out: their pair has one that teaches nothing"
             )
-    plan, strategy = plan_run(config, data, limit, listener, world)
-    shards = shards_of(config, strategy)
-    run, checkpoint = _open_run(config, data, resume, listener, world)
+    asked = config
+    plan, config = plan_run(config, data, limit, listener, world)
+    shards = shards_of(config, world)
+    run, checkpoint = _open_run(asked, data, resume, listener, world)
     with run.lock():
-        _write_report_head(run, config, data, world, strategy)
+        _write_report_head(run, asked, data, world, config.parallel.strategy)
         if data.refused is not None and run.writes:
             shutil.copyfile(data.refused, run.path / "refused.jsonl")
         model = _load(config, listener, shards, world)
@@ -380,5 +381,6 @@ def _write_report_head(
 
     run.update_report(
         config=config.model_dump(), versions=versions(), device=device().type,
-        data=data.report.to_dict(), processes=world.size, strategy=strategy,
+        data=data.report.to_dict(), processes=world.size,
+        strategy=strategy if world.size > 1 else "none",
     )  # fmt: skip

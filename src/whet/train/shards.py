@@ -201,6 +201,10 @@ def _load_deepspeed(trainer: WhetTrainer, kept: dict[str, Any]) -> None:
         for key, value in values.items():
             if key != "step":
                 safe_set_full_optimizer_state(parameters[number], value, key)
+    # The rate of the next step among them; DeepSpeed drops empty groups.
+    filled = [group for group in kept["param_groups"] if group["params"]]
+    for group, settings in zip(zero.param_groups, filled, strict=True):
+        group.update({key: value for key, value in settings.items() if key != "params"})
 
 
 def _link_states(trainer: WhetTrainer) -> None:

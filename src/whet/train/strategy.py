@@ -17,13 +17,11 @@ from whet.engine.swap import base_of, decoder_layers
 from whet.errors import InputError
 from whet.model import CausalLM
 from whet.model.load import device
+from whet.plan.parallel import PIECEWISE
 from whet.sections import WITH_TRL
 from whet.train.optimizer_kinds import kind_of
 from whet.train.shards import Shards
 from whet.train.world import World, join, size_in_environment
-
-# Optimizers that step each number by itself, so that pieces of a tensor are as good as all of it.
-PIECEWISE = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
 def join_world(config: Config) -> World:
@@ -96,14 +94,15 @@ def faults(config: Config, strategy: str) -> Iterator[str]:
         yield f"model.load_in_4bit does not go with strategy {strategy}; take ddp or fsdp"
 
 
-def shards_of(config: Config, strategy: str) -> Shards | None:
+def shards_of(config: Config, world: World) -> Shards | None:
     """Return how the model is spread, None where each process has all of it.
 
     Args:
-        config: The run's config.
-        strategy: What `auto` came to.
+        config: The run's config, with a strategy in place of `auto`.
+        world: The processes.
     """
-    if strategy in ("none", "ddp"):
+    strategy = config.parallel.strategy
+    if world.size == 1 or strategy == "ddp":
         return None
     adapted = config.train.parameters == "lora"
     if strategy == "deepspeed":

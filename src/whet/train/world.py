@@ -97,8 +97,11 @@ def join(on_cuda: bool, deepspeed: bool = False, tensor: int = 1) -> World:
         return World()
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    AcceleratorState._reset_state()  # of a run before this one, in the same processes
+    # Of a run before this one, in the same processes; its ZeRO 3 would cut every model that is made.
+    AcceleratorState._reset_state()
+    unset_hf_deepspeed_config()
     if not PartialState._shared_state:
         if deepspeed:
             os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # how accelerate is told
