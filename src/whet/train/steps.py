@@ -136,7 +136,7 @@ class StepTrainer(Trainer):
             wishes = wishes or self._tell_the_others(model, passes, reason)
             make_room(self, passes, reason, wishes)
             state.restore()
-        for group in passes:
+        for group in filter(None, passes):
             self._count(group)
         return loss
 
