@@ -28,10 +28,8 @@ from whet.cli_options import (
 )
 from whet.cli_setup import setup
 from whet.cli_talk import talk_app
-from whet.config_file import (
-    load_config,
-    to_yaml,
-)
+from whet.cli_train import train_app
+from whet.config_file import load_config
 from whet.data.sources import require_sources
 from whet.errors import WhetError
 from whet.sections import DataSection
@@ -52,6 +50,7 @@ app = typer.Typer(
 
 app.add_typer(setup)
 app.add_typer(data_app)
+app.add_typer(train_app)
 app.add_typer(talk_app)
 app.add_typer(export_app)
 app.add_typer(machine_app)
@@ -94,40 +93,6 @@ def plan(
         show_plan(console(), found)
     if not found.fits:
         raise typer.Exit(1)
-
-
-@app.command(epilog=keys())
-def train(
-    config: ConfigPath,
-    set_: Assignments = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")
-    ] = False,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the resolved config and stop.")
-    ] = False,
-) -> None:
-    """Train as CONFIG says; measure the base and the tuned model on the held-out rows."""
-    settings = load_config(config, set_ or [])
-    if print_config:
-        typer.echo(to_yaml(settings), nl=False)
-        return
-    require_sources(settings.data)
-    _quiet_libraries()
-    from whet.terminal import Terminal, show_end, show_evaluation
-
-    terminal = Terminal()
-    terminal.stage(f"whet {__version__}: {config}, starting")
-    from whet.train.recipe import fit
-
-    try:
-        run = fit(settings, resume, terminal)
-    finally:
-        terminal.finish()
-    report = run.report
-    if "tuned" in report.get("evaluation", {}):
-        show_evaluation(terminal.out, report["evaluation"], settings.eval.samples)
-    show_end(terminal.out, str(run.path), report["seconds"], report["peak_bytes"])
 
 
 @app.command(name="eval", epilog=keys("eval"))
