@@ -1,0 +1,357 @@
+"""What docker/install.sh and docker/entrypoint.sh promise, in a Debian root made by debootstrap.
+
+Minutes of work, and the network the first time: run by `make test-container`.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.container import root
+
+pytestmark = [
+    pytest.mark.container,
+    pytest.mark.skipif(bool(root.missing()), reason=root.missing() or "can be made"),
+]
+
+PASSWORD, SUDO = "a password: with 'quotes'", "another $one"
+CELL = (Path(__file__).parent / "cell.py").read_text()
+
+
+@pytest.fixture(scope="module")
+def image():
+    """The root as an image: libraries from the cache, whet and the entrypoint from the checkout."""
+    folder = root.CACHE / f"session-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield root.install(root.libraries(), folder / "whet", ["wheel", "whet", "user"])
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def start(image, tmp_path):
+    """Start containers; what is left of them at the end is killed."""
+    started, folders = [], []
+
+    def begin(*argv, user="1000:1000", read_only=False, volumes=None, check=True, **environment):
+        upper = image.folders[0].with_name(f"container-{len(os.listdir(image.folders[0].parent))}")
+        folders.append(upper)
+        ports = {"JUPYTER_PORT": free_port(), "SSH_PORT": free_port()}
+        settings = {
+            "PATH": root.IMAGE_PATH,
+            "HF_HOME": "/workspace/models/huggingface",
+            **{name: str(port) for name, port in ports.items()},
+            **environment,
+        }
+        binds = []
+        for name in root.VOLUMES if volumes else ():
+            (volumes / name).mkdir(exist_ok=True)
+            os.chown(volumes / name, *(int(number) for number in user.split(":")))
+            binds.append((volumes / name, f"/workspace/{name}"))
+        command, variables = root.command_in(
+            image, upper, ["whet-entrypoint", *argv], settings, binds, user, read_only
+        )
+        log = tmp_path / f"{upper.name}.log"
+        with open(log, "wb") as out:
+            process = subprocess.Popen(
+                command, env=variables, stdin=subprocess.DEVNULL, stdout=out,
+                stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        container = root.Container(process, log, ports)
+        started.append(container)
+        if check and not argv:
+            wait_until(lambda: health(container, **environment).returncode == 0, container)
+        return container
+
+    yield begin
+    for container in started:
+        if container.process.poll() is None:
+            container.process.kill()
+            container.process.wait()
+    for upper in folders:
+        for folder in (upper, Path(f"{upper}.work"), Path(f"{upper}.root")):
+            shutil.rmtree(folder)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(true, container, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert container.process.poll() is None, container.output()
+        assert time.monotonic() < deadline, container.output()
+        time.sleep(0.2)
+
+
+def health(container, user="1000:1000", **environment):
+    ports = {name: str(port) for name, port in container.ports.items()}
+    return container.run("whet-entrypoint", "--health", user=user, **{**environment, **ports})
+
+
+def run_cell(container, code, secret=PASSWORD, kind="password", user="1000:1000"):
+    port = str(container.ports["JUPYTER_PORT"])
+    container.run("tee", "/tmp/cell.py", stdin=CELL, user=user)
+    return container.run(
+        "/opt/whet/bin/python", "/tmp/cell.py", port, kind, secret, stdin=code, user=user
+    )
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory):
+    """A key pair, made with this machine's or, where it has none, nobody's ssh-keygen."""
+    if not shutil.which("ssh-keygen"):
+        pytest.skip("needs ssh-keygen")
+    file = tmp_path_factory.mktemp("key") / "id"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", file], check=True)
+    return file.read_text(), file.with_suffix(".pub").read_text().strip()
+
+
+def ssh(container, private, command, *options):
+    """Log in from inside, as the root of the test, with the key or without one."""
+    container.run("sh", "-c", "umask 077; cat > /tmp/key", stdin=private or "none", user="0:0")
+    return container.run(
+        "ssh", "-F", "none", "-i", "/tmp/key", "-p", str(container.ports["SSH_PORT"]),
+        "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "BatchMode=yes",
+        "-o", "IdentitiesOnly=yes", *options, "whet@127.0.0.1", command, user="0:0", HOME="/tmp",
+    )  # fmt: skip
+
+
+def processes(container):
+    """Return (command line, uid, environment) of each process that the container has."""
+    inside = container.run(
+        "sh", "-c", "for p in /proc/[0-9]*; do echo \"$p\"; done", user="0:0"
+    ).stdout.split()  # fmt: skip
+    base = Path(f"/proc/{container.first()}/root/proc")
+    found = []
+    for place in inside:
+        folder = base / Path(place).name
+        try:
+            status = (folder / "status").read_text()
+            found.append(
+                (
+                    (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(),
+                    int(re.search(r"^Uid:\s+(\d+)", status, re.M)[1]),
+                    (folder / "environ").read_bytes().decode(),
+                )
+            )
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # the shell that listed them
+    return found
+
+
+# --- Jupyter -------------------------------------------------------------------------------------
+
+
+def test_jupyter_takes_the_password_and_runs_a_cell_and_refuses_another_password(start):
+    container = start(JUPYTER_PASSWORD=PASSWORD)
+    code = (
+        "import getpass, os, whet, torch\n"
+        "print(getpass.getuser(), os.getuid(), whet.__version__, os.environ.get('JUPYTER_PASSWORD'))"
+    )
+    told = run_cell(container, code)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.split() == ["whet", "1000", "0.1.0", "None"]
+    for wrong in ("", "a password", PASSWORD + " "):
+        assert run_cell(container, code, wrong).returncode == 3
+    assert run_cell(container, code, PASSWORD, kind="token").returncode == 3
+    assert "SSH is off" in container.output()
+
+
+def test_without_a_password_a_random_token_is_printed_once(start):
+    first, second = start(), start(JUPYTER_PASSWORD="")
+    tokens = [re.findall(r"token=(\w{20,})", c.output()) for c in (first, second)]
+    assert [len(found) for found in tokens] == [1, 1] and tokens[0] != tokens[1]
+    token = tokens[0][0]
+    assert run_cell(first, "print(6 * 7)", token, "token").stdout == "42\n"
+    assert run_cell(first, "print(6 * 7)", tokens[1][0], "token").returncode == 3
+    assert run_cell(first, "print(6 * 7)", "", "password").returncode == 3
+    assert first.output().count(token) == 1
+    assert not any(token in line for line, _, _ in processes(first))
+
+
+def test_nothing_runs_as_root_and_no_process_carries_a_secret(start, key):
+    container = start(JUPYTER_PASSWORD=PASSWORD, USER_PASSWORD=SUDO, SSH_KEY=key[1])
+    assert run_cell(container, "print(1)").returncode == 0
+    found = processes(container)
+    lines = " ".join(line for line, _, _ in found)
+    assert all(word in lines for word in ("tini", "jupyter", "sshd", "ipykernel"))
+    assert {uid for _, uid, _ in found} == {1000}
+    for line, _, environment in found:
+        assert PASSWORD not in line + environment and SUDO not in line + environment, line
+
+
+# --- SSH and sudo --------------------------------------------------------------------------------
+
+
+def test_ssh_takes_the_key_and_nothing_else(start, key):
+    container = start(SSH_KEY=key[1], USER_PASSWORD=SUDO, HF_TOKEN="hf_x")
+    told = ssh(container, key[0], "id -un; command -v whet; echo $HF_HOME $HF_TOKEN $USER_PASSWORD")
+    assert told.stdout.split() == [
+        "whet", "/opt/whet/bin/whet", "/workspace/models/huggingface", "hf_x"
+    ], told.stderr  # fmt: skip
+    assert "whet 0.1.0" in ssh(container, key[0], "bash -lc 'whet --version'").stdout
+    told = ssh(container, None, "id -un")
+    assert told.returncode == 255 and "Permission denied (publickey)" in told.stderr
+    told = ssh(container, key[0], "id", "-o", "PubkeyAuthentication=no")
+    assert "Permission denied (publickey)" in told.stderr, "a password is no way in"
+    assert key[1].split()[1] not in container.output()
+
+
+def test_the_host_key_stays_with_the_work(start, key, tmp_path):
+    seen = []
+    for _ in range(2):
+        container = start(SSH_KEY=key[1], volumes=tmp_path)
+        seen.append(re.search(r"host key (SHA256:\S+)", container.output())[1])
+        assert container.stop() == 0
+    assert seen[0] == seen[1] and start(SSH_KEY=key[1]).output().count(seen[0]) == 0
+
+
+def test_sudo_takes_the_password_that_was_given_and_there_is_none_without(start):
+    def become_root(container, password):
+        return container.run("sudo", "-S", "-k", "-p", "", "id", "-u", stdin=password + "\n")
+
+    container = start(USER_PASSWORD=SUDO)
+    assert become_root(container, SUDO).stdout == "0\n"
+    assert become_root(container, "wrong").returncode != 0
+    # The door is closed: whoever asks again changes nothing.
+    again = container.run("sudo", "-n", "/usr/local/sbin/whet-sudo-password", stdin="mine\n")
+    assert again.returncode == 0 and become_root(container, "mine").returncode != 0
+
+    container = start()
+    container.run("sudo", "-n", "/usr/local/sbin/whet-sudo-password", stdin="mine\n")
+    for password in ("mine", "", "*", "!"):
+        assert become_root(container, password).returncode != 0
+    assert container.run("sudo", "-n", "id").returncode != 0
+
+
+# --- supervision ---------------------------------------------------------------------------------
+
+
+def kill(container, word, user="1000:1000"):
+    assert container.run("pkill", "-KILL", "-f", word, user=user).returncode == 0
+
+
+def test_what_dies_is_started_again(start, key):
+    container = start(SSH_KEY=key[1], JUPYTER_PASSWORD=PASSWORD)
+    kill(container, "/usr/sbin/sshd -D")
+    container.wait_for("sshd ended (killed by SIGKILL); starting it again")
+    kill(container, "jupyter-lab")
+    container.wait_for("jupyter ended (killed by SIGKILL); starting it again")
+    wait_until(lambda: health(container, SSH_KEY=key[1]).returncode == 0, container)
+    assert run_cell(container, "print(1)").stdout == "1\n"
+    assert ssh(container, key[0], "echo 2").stdout == "2\n"
+
+
+def test_what_does_not_stay_ends_the_container_with_its_reason(start, key):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        container = start(SSH_KEY=key[1], SSH_PORT=str(other.getsockname()[1]), check=False)
+        assert container.process.wait(60) == 1
+    told = container.output()
+    assert "Address already in use" in told
+    assert re.search(r"whet: sshd ended 3 times within 60 s, now with exit code \d+", told)
+
+
+def test_a_health_check_tells_what_does_not_answer(start, key):
+    container = start(SSH_KEY=key[1])
+    container.run("pkill", "-STOP", "-f", "/usr/sbin/sshd -D")
+    told = health(container, SSH_KEY=key[1])
+    assert told.returncode != 0 and "sshd answers ''" in told.stdout
+    assert health(container).returncode == 0, "Jupyter alone is well"
+
+
+def test_sigterm_ends_everything_in_good_order(start, key):
+    container = start(SSH_KEY=key[1], JUPYTER_PASSWORD=PASSWORD)
+    assert run_cell(container, "print(1)").returncode == 0  # its kernel stays
+    began = time.monotonic()
+    assert container.stop() == 0
+    assert time.monotonic() - began < 15, "Docker would have killed it"
+    assert container.output().rstrip().endswith("whet: ended")
+    assert "killed" not in container.output() and "starting it again" not in container.output()
+
+
+# --- as other users ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("user", ["4321:4321", "4321:0", "33:33"])
+def test_any_uid_can_work(start, key, user):
+    container = start(user=user, SSH_KEY=key[1], JUPYTER_PASSWORD=PASSWORD)
+    code = (
+        "import getpass, os\nopen('/workspace/work/x', 'w')\nprint(getpass.getuser(), os.getuid())"
+    )
+    told = run_cell(container, code, user=user)
+    assert told.stdout.split() == ["whet", user.split(":")[0]], told.stderr
+    told = ssh(container, key[0], "whoami; id -u; touch ~/x && echo home")
+    assert told.stdout.split() == ["whet", user.split(":")[0], "home"], told.stderr
+    assert {uid for _, uid, _ in processes(container)} == {int(user.split(":")[0])}
+    assert container.stop() == 0
+
+
+def test_a_root_that_is_read_only_will_do(start, key, tmp_path):
+    container = start(read_only=True, volumes=tmp_path, SSH_KEY=key[1], JUPYTER_PASSWORD=PASSWORD)
+    assert container.run("touch", "/workspace/x", "/home/whet/x").returncode != 0
+    told = run_cell(container, "open('/workspace/work/x', 'w').write('kept')")
+    assert told.returncode == 0 and (tmp_path / "work" / "x").read_text() == "kept"
+    assert ssh(container, key[0], "whoami").stdout == "whet\n"
+    assert container.stop() == 0
+
+
+def test_started_as_root_it_is_root_no_more(start):
+    container = start(user="0:0", USER_PASSWORD=SUDO, JUPYTER_PASSWORD=PASSWORD)
+    assert {uid for _, uid, _ in processes(container)} == {1000}
+    assert (
+        run_cell(container, "import os; print(os.getuid(), os.getgroups())").stdout
+        == "1000 [1000]\n"
+    )
+    told = container.run("sudo", "-S", "-k", "-p", "", "id", "-u", stdin=SUDO + "\n")
+    assert told.stdout == "0\n"
+
+
+# --- a command, and wrong input ------------------------------------------------------------------
+
+
+def test_a_command_runs_instead_and_its_exit_code_is_the_container_s(start):
+    container = start("sh", "-c", "id -u; echo $USER_PASSWORD; exit 7", USER_PASSWORD=SUDO)
+    assert container.process.wait(30) == 7 and container.output() == "1000\n\n"
+
+
+def test_whet_trains_in_it_unattended(start, tmp_path):
+    container = start(
+        "sh", "-c",
+        "cd /workspace/work && whet train --config-json /workspace/examples/pipeline/nightly.json "
+        "--json --set train.max_steps=2 --set data.heldout=[] 2>/dev/null",
+        volumes=tmp_path,
+    )  # fmt: skip
+    assert container.process.wait(300) == 0, container.output()
+    summary = json.loads(container.output())
+    assert summary["status"] == "done" and summary["steps"] == 2
+    assert (tmp_path / "work/runs/nightly/adapter").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"SSH_KEY": "-----BEGIN PRIVATE KEY-----"}, "SSH_KEY must hold public keys"),
+        ({"JUPYTER_PORT": "88x"}, "JUPYTER_PORT must be a number from 1 to 65535; got '88x'"),
+        ({"SSH_PORT": "70000"}, "SSH_PORT must be"),
+        ({"USER_PASSWORD": SUDO, "user": "4321:4321"}, "USER_PASSWORD cannot be set"),
+        ({"USER_PASSWORD": SUDO, "read_only": True}, "USER_PASSWORD cannot be set"),
+    ],
+)
+def test_wrong_settings_are_one_sentence_and_exit_2(start, settings, words):
+    container = start(check=False, **settings)
+    assert container.process.wait(30) == 2
+    assert words in container.output()
+    assert "PRIVATE" not in container.output() and SUDO not in container.output()
