@@ -8,6 +8,7 @@ names them. whet itself and the entrypoint are installed anew each time.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shlex
@@ -167,14 +168,17 @@ def libraries() -> Layer:
     ):
         found.update((CHECKOUT / name).read_bytes())
     folder = CACHE / f"libraries-{found.hexdigest()[:16]}"
-    if not folder.is_dir():
-        for old in CACHE.glob("libraries-*"):
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        half = CACHE / "libraries.half"
-        shutil.rmtree(half, ignore_errors=True)
-        install(base(), half, ["system", "torch", "libraries"])
-        half.rename(folder)
-    return Layer((folder, *base().folders))
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        below = base()
+        if not folder.is_dir():
+            for old in CACHE.glob("libraries*"):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            half = CACHE / "libraries.half"
+            install(below, half, ["system", "torch", "libraries"])
+            half.rename(folder)
+    return Layer((folder, *below.folders))
 
 
 @dataclass
