@@ -118,14 +118,21 @@ def package_sources() -> tuple[dict[str, str], list[tuple[Path, str]]]:
         section, _, key = name.strip(":").rpartition(".")
         if section in ("global", "install", "env", ":env:") or section.endswith("env:"):
             environment["PIP_" + key.upper().replace("-", "_")] = shlex.split(value)[0]
-    binds: dict[str, tuple[Path, str]] = {}
-    for word in " ".join(environment.values()).split():
+    binds: dict[Path, str] = {}
+
+    def moved(word: str) -> str:
         path = Path(word.removeprefix("file://"))
-        if path.is_absolute() and path.exists():
-            # The links of a local index lead to files beside it.
-            found = path.parent if path.name == "simple" else path
-            binds[str(found)] = (found, str(found))
-    return environment, list(binds.values())
+        if not path.is_absolute() or not path.exists():
+            return word
+        # The links of a local index lead to files beside it.
+        found = path.parent if path.name == "simple" else path
+        binds[found] = (
+            f"/machine{found}"  # its own place may be a package's, as that of certificates
+        )
+        return word.replace(str(path), f"/machine{path}")
+
+    environment = {k: " ".join(map(moved, v.split())) for k, v in environment.items()}
+    return environment, list(binds.items())
 
 
 def base() -> Layer:
