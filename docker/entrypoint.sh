@@ -98,7 +98,7 @@ config = {
     "IdentityProvider": {"token": token},
 }
 if password:
-    config["PasswordIdentityProvider"] = {"hashed_password": passwd(password)}
+    config["PasswordIdentityProvider"] = {"hashed_password": passwd(password.strip())}  # as the log-in form does
 with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as out:
     json.dump(config, out)
 print("/lab, with JUPYTER_PASSWORD" if password else f"/lab?token={token}")
@@ -203,7 +203,6 @@ revive() {
         end 1
     fi
     say "$name ended ($why); starting it again"
-    sleep 1
     start "$name"
 }
 
@@ -212,13 +211,18 @@ supervise() {
     trap 'end 0' TERM INT
     start jupyter
     if [ -f "$state/sshd_config" ]; then start sshd; fi
-    local gone status name
+    local name status tick
+    # A pipe that nobody writes to: reading it waits, and a signal ends the wait at once. `wait -n` would not do:
+    # it never tells of a process that ended while another was being started.
+    exec {tick}<> <(:)
     while true; do
-        gone="" status=0
-        wait -n -p gone || status=$?
         for name in "${!pid_of[@]}"; do
-            if [ "${pid_of[$name]}" = "$gone" ]; then revive "$name" "$(reason_of "$status")"; fi
+            if kill -0 "${pid_of[$name]}" 2>/dev/null; then continue; fi
+            status=0
+            wait "${pid_of[$name]}" || status=$?
+            revive "$name" "$(reason_of "$status")"
         done
+        read -r -t 1 -u "$tick" || true
     done
 }
 
