@@ -16,8 +16,11 @@ jupyter_port=${JUPYTER_PORT:-8888} ssh_port=${SSH_PORT:-2222}
 
 say() { printf 'whet: %s\n' "$*"; }
 
+# Not on standard output, which may be a command's answer.
+warn() { say "$@" >&2; }
+
 fail() {
-    say "$1"
+    warn "$1"
     exit 2
 }
 
@@ -25,9 +28,29 @@ fail() {
 
 check_port() {
     case $2 in
-        '' | *[!0-9]*) fail "$1 must be a number from 1 to 65535; got '$2'" ;;
+        '' | 0* | *[!0-9]* | ??????*) ;;
+        *) [ "$2" -gt 65535 ] || return 0 ;;
     esac
-    if [ "$2" -lt 1 ] || [ "$2" -gt 65535 ]; then fail "$1 must be a number from 1 to 65535; got $2"; fi
+    fail "$1 must be a number from 1 to 65535; got '$2'"
+}
+
+# Each line for itself: sshd passes over one that it cannot read. From standard input, ssh-keygen takes no
+# private key, which would serve nobody and should not be here.
+check_ssh_key() {
+    local line number=0
+    while IFS= read -r line; do
+        number=$((number + 1))
+        case $line in '' | $'\r' | '#'*) continue ;; esac
+        ssh-keygen -l -f - <<<"$line" >/dev/null 2>&1 \
+            || fail "SSH_KEY must hold public keys, one a line, as in ~/.ssh/id_ed25519.pub; line $number is none"
+    done <<<"$SSH_KEY"
+}
+
+check_settings() {
+    check_port JUPYTER_PORT "$jupyter_port"
+    check_port SSH_PORT "$ssh_port"
+    [ -n "${SSH_KEY:-}" ] || return 0
+    [ "$jupyter_port" != "$ssh_port" ] || fail "JUPYTER_PORT and SSH_PORT must differ; both are $ssh_port"
 }
 
 # Root only sets sudo's password and is root no more.
@@ -73,6 +96,18 @@ make_state() {
     export JUPYTER_RUNTIME_DIR=$state/jupyter
 }
 
+# The work goes on without; what is to be kept needs the folders.
+check_folders() {
+    local folder
+    for folder in work models; do
+        [ ! -w "$WORKSPACE/$folder" ] || continue
+        warn "$WORKSPACE/$folder cannot be written by uid $(id -u);" \
+            "mount a folder there that this uid owns, or start with --user and its owner's uid"
+    done
+    if mkdir -p "$WORKSPACE/work/runs" 2>/dev/null; then return; fi
+    case ${XDG_CACHE_HOME:-} in "$WORKSPACE"/work/*) export XDG_CACHE_HOME=$HOME/.cache ;; esac
+}
+
 prepare_jupyter() {
     local how
     how=$(JUPYTER_PORT=$jupyter_port "$PREFIX/bin/python" - "$state/jupyter_server_config.json" "$WORKSPACE" <<'PYTHON'
@@ -84,7 +119,8 @@ import sys
 from jupyter_server.auth import passwd
 
 file, workspace = sys.argv[1:]
-port, password = os.environ["JUPYTER_PORT"], os.environ.get("JUPYTER_PASSWORD")
+port = os.environ["JUPYTER_PORT"]
+password = os.environ.get("JUPYTER_PASSWORD", "").strip()  # as the log-in form does
 token = "" if password else secrets.token_hex(24)
 config = {
     "ServerApp": {
@@ -98,7 +134,7 @@ config = {
     "IdentityProvider": {"token": token},
 }
 if password:
-    config["PasswordIdentityProvider"] = {"hashed_password": passwd(password.strip())}  # as the log-in form does
+    config["PasswordIdentityProvider"] = {"hashed_password": passwd(password)}
 with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as out:
     json.dump(config, out)
 print("/lab, with JUPYTER_PASSWORD" if password else f"/lab?token={token}")
@@ -111,8 +147,6 @@ PYTHON
 prepare_sshd() {
     local keys=$WORKSPACE/work/.ssh-host environment=() name
     printf '%s\n' "$SSH_KEY" >"$state/authorized_keys"
-    ssh-keygen -l -f "$state/authorized_keys" >/dev/null 2>&1 \
-        || fail "SSH_KEY must hold public keys, one a line, as in ~/.ssh/id_ed25519.pub"
     if ! mkdir -p "$keys" 2>/dev/null || [ ! -w "$keys" ]; then
         keys=$state/ssh-host
         mkdir "$keys"
@@ -161,7 +195,7 @@ start() {
     pid_of[$1]=$!
 }
 
-# Ends everything that was started, and this script with the exit code that is given.
+# Ends everything that was started, and this script with the exit code and for the reason that are given.
 end() {
     [ -z "$ending" ] || return 0
     ending=yes
@@ -181,7 +215,7 @@ end() {
         # shellcheck disable=SC2086
         kill -KILL $left 2>/dev/null || true
     fi
-    say "ended"
+    say "ended${2:+: $2}"
     exit "$1"
 }
 
@@ -199,8 +233,7 @@ revive() {
     deaths_of[$name]=${times[*]}
     unset "pid_of[$name]"
     if [ ${#times[@]} -ge $DEATHS ]; then
-        say "$name ended ${#times[@]} times within $DEATHS_SECONDS s, now with $why; its own words are above"
-        end 1
+        end 1 "$name died ${#times[@]} times within $DEATHS_SECONDS s ($why); its own words are above"
     fi
     say "$name ended ($why); starting it again"
     start "$name"
@@ -247,12 +280,13 @@ case ${1:-} in
     --health) check_health; exit ;;
     --supervise) supervise "$2" ;;
 esac
-check_port JUPYTER_PORT "$jupyter_port"
-check_port SSH_PORT "$ssh_port"
+check_settings
 [ "$(id -u)" != 0 ] || drop_root "$@"
 settle_sudo
 make_state
 name_user
+check_folders
+[ -z "${SSH_KEY:-}" ] || check_ssh_key # which needs a user with a name
 without_secrets=(env -u JUPYTER_PASSWORD -u USER_PASSWORD -u SSH_KEY)
 [ $# = 0 ] || exec "${without_secrets[@]}" tini -s -- "$@"
 prepare_jupyter

@@ -109,7 +109,7 @@ install_whet() {
 
 # Any uid can work in the folders, as in /tmp: a container has one user, whoever starts it.
 make_user() {
-    local taken
+    local taken folder
     taken=$(getent passwd "$ACCOUNT_ID" | cut -d: -f1 || true)
     # Ubuntu's images bring an empty account with this uid; on a machine it may be somebody's.
     if [ -n "$image" ] && [ "$taken" = ubuntu ]; then userdel --remove ubuntu 2>/dev/null; taken=""; fi
@@ -119,12 +119,20 @@ make_user() {
     # '*': no password opens the account, but it is not locked either.
     [ -n "$taken" ] || useradd --uid "$ACCOUNT_ID" --create-home --shell /bin/bash --password '*' "$ACCOUNT"
 
-    install -d -m 755 "$WORKSPACE" "$WORKSPACE/examples" "$WORKSPACE/notebooks"
+    install -d -m 755 "$WORKSPACE"
     install -d -m 1777 -o "$ACCOUNT" "$WORKSPACE"/{work,models,datasets}
-    cp -r "$checkout/examples/." "$WORKSPACE/examples"
-    if [ -d "$checkout/notebooks" ]; then cp -r "$checkout/notebooks/." "$WORKSPACE/notebooks"; fi
-    chown -R "$ACCOUNT:" "$WORKSPACE/examples" "$WORKSPACE/notebooks"
-    chmod -R a+rwX "$WORKSPACE/examples" "$WORKSPACE/notebooks"
+    # Notebooks name the other two as ../examples and ../docs.
+    for folder in docs examples notebooks; do
+        install -d -m 755 "$WORKSPACE/$folder"
+        if [ -d "$checkout/$folder" ]; then
+            tar -C "$checkout/$folder" --exclude=runs --exclude=.ipynb_checkpoints -c . \
+                | tar -C "$WORKSPACE/$folder" --no-same-owner -x
+        fi
+        chown -Rh "$ACCOUNT:" "$WORKSPACE/$folder"
+        chmod -R a+rwX "$WORKSPACE/$folder"
+    done
+    # What a notebook trains is kept with the work.
+    ln -sfn ../work/runs "$WORKSPACE/notebooks/runs"
 
     install -m 755 "$checkout/docker/entrypoint.sh" /usr/local/bin/whet-entrypoint
     install -m 755 "$checkout/docker/sudo-password.sh" /usr/local/sbin/whet-sudo-password

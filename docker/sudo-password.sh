@@ -8,6 +8,10 @@ set -eu
 
 field=$(getent shadow whet | cut -d: -f2)
 [ "$field" = '*' ] || exit 0
+[ -w /etc/shadow ] || {
+    echo '/etc cannot be written' >&2
+    exit 1
+}
 IFS= read -r password || true
 if [ -n "$password" ]; then
     printf 'whet:%s\n' "$password" | chpasswd

@@ -27,6 +27,12 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whet
 SUITE = "bookworm"
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 IMAGE_PATH = f"/opt/whet/bin:{SYSTEM_PATH}"
+# What the Dockerfile's ENV says.
+IMAGE_ENVIRONMENT = {
+    "PATH": IMAGE_PATH,
+    "HF_HOME": "/workspace/models/huggingface",
+    "XDG_CACHE_HOME": "/workspace/work/.cache",
+}
 VOLUMES = ("work", "models", "datasets")
 
 # What an engine does before the first process: mounts at $M, then the user.
@@ -205,6 +211,7 @@ class Container:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
+            assert self.process.poll() is None, f"ended:\n{self.output()}"
             if found := children.read_text().split():
                 return int(found[0])
             time.sleep(0.05)

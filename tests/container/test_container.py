@@ -18,6 +18,7 @@ from tests.container import root
 
 pytestmark = [
     pytest.mark.container,
+    pytest.mark.slow,
     pytest.mark.skipif(bool(root.missing()), reason=root.missing() or "can be made"),
 ]
 
@@ -45,8 +46,7 @@ def start(image, tmp_path):
         folders.append(upper)
         ports = {"JUPYTER_PORT": free_port(), "SSH_PORT": free_port()}
         settings = {
-            "PATH": root.IMAGE_PATH,
-            "HF_HOME": "/workspace/models/huggingface",
+            **root.IMAGE_ENVIRONMENT,
             **{name: str(port) for name, port in ports.items()},
             **environment,
         }
@@ -169,7 +169,7 @@ def test_jupyter_takes_the_password_and_runs_a_cell_and_refuses_another_password
 
 
 def test_without_a_password_a_random_token_is_printed_once(start):
-    first, second = start(), start(JUPYTER_PASSWORD="")
+    first, second = start(), start(JUPYTER_PASSWORD="  ")
     tokens = [re.findall(r"token=(\w{20,})", c.output()) for c in (first, second)]
     assert [len(found) for found in tokens] == [1, 1] and tokens[0] != tokens[1]
     token = tokens[0][0]
@@ -262,8 +262,20 @@ def test_what_does_not_stay_ends_the_container_with_its_reason(start, key):
         assert container.process.wait(90) == 1
     told = container.output()
     assert f"port {port} is already in use" in told
-    assert "whet: jupyter ended 3 times within 60 s, now with exit code 1" in told
-    assert told.rstrip().endswith("whet: ended")
+    last = told.splitlines()[-1]
+    assert last.startswith("whet: ended: jupyter died 3 times within 60 s (exit code 1)")
+
+
+def test_what_is_killed_again_and_again_ends_the_container_with_its_reason(start, key):
+    container = start(SSH_KEY=key[1])
+    for times in (1, 2):
+        kill(container, "jupyter-lab")
+        container.wait_for("jupyter ended (killed by SIGKILL); starting it again", times)
+        wait_until(lambda: container.run("pgrep", "-f", "jupyter-lab").returncode == 0, container)
+    kill(container, "jupyter-lab")
+    assert container.process.wait(30) == 1
+    last = container.output().splitlines()[-1]
+    assert last.startswith("whet: ended: jupyter died 3 times within 60 s (killed by SIGKILL)")
 
 
 def test_a_health_check_tells_what_does_not_answer(start, key):
@@ -282,6 +294,12 @@ def test_sigterm_ends_everything_in_good_order(start, key):
     assert time.monotonic() - began < 15, "Docker would have killed it"
     assert container.output().rstrip().endswith("whet: ended")
     assert "killed" not in container.output() and "starting it again" not in container.output()
+
+
+def test_a_signal_reaches_a_command(start):
+    container = start("sh", "-c", "trap 'exit 5' TERM; echo ready; while :; do sleep 0.1; done")
+    container.wait_for("ready")
+    assert container.stop() == 5
 
 
 # --- as other users ------------------------------------------------------------------------------
@@ -308,6 +326,19 @@ def test_a_root_that_is_read_only_will_do(start, key, tmp_path):
     assert told.returncode == 0 and (tmp_path / "work" / "x").read_text() == "kept"
     assert ssh(container, key[0], "whoami").stdout == "whet\n"
     assert container.stop() == 0
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_the_rest_goes_on(start, key, tmp_path):
+    container = start(read_only=True, SSH_KEY=key[1])
+    for folder in ("work", "models"):
+        told = f"/workspace/{folder} cannot be written by uid 1000; mount a folder there"
+        assert container.output().count(told) == 1
+    told = ssh(container, key[0], "echo $XDG_CACHE_HOME; whet --version")
+    assert re.fullmatch(r"/tmp/whet-\w+/home/.cache\nwhet 0.1.0\n", told.stdout), told.stderr
+    container = start(check=False, TMPDIR="/proc")
+    assert (
+        container.process.wait(30) == 2 and "folder /proc cannot be written" in container.output()
+    )
 
 
 def test_started_as_root_it_is_root_no_more(start):
@@ -342,18 +373,57 @@ def test_whet_trains_in_it_unattended(start, tmp_path):
     assert (tmp_path / "work/runs/nightly/adapter").is_dir()
 
 
+def test_doctor_finds_nothing_wrong_with_a_cpu(start):
+    container = start("whet", "doctor")
+    assert container.process.wait(120) == 0, container.output()
+
+
+def test_the_notebooks_are_there_and_what_they_train_is_kept(start, tmp_path):
+    """Runs one to its end with its first cell's values changed, as somebody at Jupyter would."""
+    there = sorted(p.name for p in root.CHECKOUT.glob("notebooks/*.ipynb"))
+    container = start("ls", "/workspace/notebooks")
+    assert container.process.wait(30) == 0
+    assert [name for name in container.output().split() if name.endswith(".ipynb")] == there
+    if "quickstart.ipynb" not in there:
+        pytest.skip("this checkout has no notebooks")
+    code = (
+        "import nbformat\nfrom nbclient import NotebookClient\n"
+        "book = nbformat.read('quickstart.ipynb', 4)\n"
+        "first = next(cell for cell in book.cells if cell.cell_type == 'code')\n"
+        'first.source += \'\\nSET += ["train.max_steps=1", "data.heldout=null"]\\nANSWER = 2\'\n'
+        "NotebookClient(book, timeout=600).execute()"
+    )
+    container = start(
+        "sh", "-c", 'cd /workspace/notebooks && python -c "$0"', code, volumes=tmp_path
+    )
+    assert container.process.wait(600) == 0, container.output()
+    assert list((tmp_path / "work" / "runs").iterdir())
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"SSH_KEY": "-----BEGIN PRIVATE KEY-----"}, "SSH_KEY must hold public keys"),
+        ({"SSH_KEY": "PUBLIC\n# of hers\nssh-ed25519 AAAA x"}, "line 3 is none"),
+        ({"SSH_KEY": "SECRET"}, "SSH_KEY must hold public keys"),
+        ({"SSH_KEY": "PUBLIC", "SSH_PORT": "8888", "JUPYTER_PORT": "8888"}, "must differ"),
+        ({"JUPYTER_PORT": "9" * 30}, "JUPYTER_PORT must be a number from 1 to 65535"),
         ({"JUPYTER_PORT": "88x"}, "JUPYTER_PORT must be a number from 1 to 65535; got '88x'"),
         ({"SSH_PORT": "70000"}, "SSH_PORT must be"),
         ({"USER_PASSWORD": SUDO, "user": "4321:4321"}, "USER_PASSWORD cannot be set"),
-        ({"USER_PASSWORD": SUDO, "read_only": True}, "USER_PASSWORD cannot be set"),
+        (
+            {"USER_PASSWORD": SUDO, "read_only": True},
+            "USER_PASSWORD cannot be set (/etc cannot be written)",
+        ),
     ],
 )
-def test_wrong_settings_are_one_sentence_and_exit_2(start, settings, words):
+def test_wrong_settings_are_one_sentence_and_exit_2(start, key, settings, words):
+    if "SSH_KEY" in settings:
+        text = settings["SSH_KEY"].replace("SECRET", key[0]).replace("PUBLIC", key[1])
+        settings = {**settings, "SSH_KEY": text}
     container = start(check=False, **settings)
     assert container.process.wait(30) == 2
-    assert words in container.output()
-    assert "PRIVATE" not in container.output() and SUDO not in container.output()
+    told = container.output()
+    [line] = [line for line in told.splitlines() if "cannot be written by uid" not in line]
+    assert line.startswith("whet: ") and words in line
+    assert "PRIVATE" not in told and SUDO not in told

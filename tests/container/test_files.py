@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.container import root
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 SCRIPTS = sorted([*ROOT.glob("docker/*.sh"), *ROOT.glob("examples/**/*.sh")])
@@ -69,6 +71,13 @@ def test_bases_are_pinned_and_the_user_is_not_root():
     assert re.findall(r"/workspace/\w+", volumes) == VOLUMES
 
 
+def test_the_tests_have_the_image_s_environment():
+    [line] = [line for line in dockerfile_lines() if line.startswith("ENV ")]
+    given = dict(pair.split("=") for pair in line.split()[1:])
+    expected = {**root.IMAGE_ENVIRONMENT, "PATH": given["PATH"]}
+    assert given == expected and root.IMAGE_PATH == given["PATH"].replace("$PATH", root.SYSTEM_PATH)
+
+
 def test_each_run_of_the_dockerfile_is_a_part_of_the_script_and_all_parts_are_run():
     script = (ROOT / "docker/install.sh").read_text()
     parts = re.search(r"\|\| parts=\((.*)\)", script)[1].split()
@@ -81,8 +90,12 @@ def test_what_a_run_reads_is_mounted_and_reaches_the_build():
     needed = {
         "torch": {"constraints.txt"},
         "libraries": {"constraints.txt", "docker/constraints.txt", "pyproject.toml", "Makefile"},
+        "wheel": {"pyproject.toml", "README.md", "LICENSE", "src"},
     }
     ignored = (ROOT / "docker/Dockerfile.dockerignore").read_text().splitlines()
+    folders = re.search(r"for folder in (.*); do", (ROOT / "docker/install.sh").read_text())[1]
+    assert folders.split() == ["docs", "examples", "notebooks"]
+    assert {f"!{folder}" for folder in folders.split()} <= set(ignored)
     for line in dockerfile_lines():
         if not line.startswith("RUN "):
             continue
@@ -121,8 +134,8 @@ def test_the_example_of_settings_names_each_one_and_gives_no_secret():
 def test_the_entrypoint_reads_these_settings_and_no_other():
     script = (ROOT / "docker/entrypoint.sh").read_text()
     read = set(re.findall(r"\$\{([A-Z_]+):-", script)) - {"HOME", "TMPDIR"}
-    assert read == SETTINGS - {"JUPYTER_PASSWORD"}  # which only its Python reads
-    assert 'os.environ.get("JUPYTER_PASSWORD")' in script
+    assert read - {"XDG_CACHE_HOME"} == SETTINGS - {"JUPYTER_PASSWORD"}  # its Python reads that one
+    assert 'os.environ.get("JUPYTER_PASSWORD", "")' in script
 
 
 def test_all_is_every_extra_but_those_of_development():
