@@ -26,7 +26,8 @@ test-oldest: .venv/oldest/.installed
 	PYTHONPATH=.venv/oldest $(PYTEST) tests/model tests/engine tests/train
 
 test-container: .venv/.installed-test
-	$(PYTEST) -n 0 -m container tests/container
+	@.venv/bin/python -c 'from tests.container.root import missing; exit(missing() or 0)'
+	$(PYTEST) -n 0 -m container -rs tests/container
 
 lint: .venv/.installed-test
 	.venv/bin/ruff check .

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,15 +104,21 @@ def test_wrong_input_is_an_object_a_sentence_and_exit_2(
     assert os.listdir(tmp_path) == ["c.json"]
 
 
-def test_a_failure_of_the_work_is_told_in_the_object_too(config_json, tmp_path):
-    code = (
-        "import whet.train.recipe as recipe\n"
-        "def load_model(*a, **k): raise ZeroDivisionError('nothing left')\n"
-        "recipe.load_model = load_model\n"
-    )
-    told = run_whet("train", "--config-json", config_json, "--json", cwd=tmp_path, code=code)
-    summary = json.loads(told.stdout)
-    assert told.returncode == summary["exit_code"] == 1
+def test_a_failure_of_the_work_is_told_in_the_object_too(config_json, capsys, monkeypatch):
+    from whet import cli_train
+    from whet.cli import main
+    from whet.train import recipe
+
+    def load_model(*arguments, **named):
+        raise ZeroDivisionError("nothing left")
+
+    monkeypatch.setattr(recipe, "load_model", load_model)
+    monkeypatch.setattr(cli_train, "_close_input", lambda: None)  # this process's own
+    arguments = ["whet", "train", "--config-json", str(config_json), "--json"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(ZeroDivisionError):  # which Python tells, and exits with 1
+        main()
+    summary = json.loads(capsys.readouterr().out)
     assert summary == {"status": "failed", "exit_code": 1, "error": "nothing left"}
 
 
@@ -170,6 +177,16 @@ def test_the_workflow_and_the_timers_say_what_exists():
         assert "/workspace/examples/pipeline/nightly.sh" in text
     for file in ("nightly.sh", "nightly.json"):
         assert (PIPELINE / file).is_file()
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+def test_systemd_takes_the_units_as_they_are(tmp_path):
+    files = [tmp_path / name for name in ("whet-nightly.service", "whet-nightly.timer")]
+    for file in files:
+        text = (PIPELINE / file.name).read_text()
+        file.write_text(text.replace("/workspace/examples/pipeline", str(PIPELINE)))
+    told = subprocess.run(["systemd-analyze", "verify", *files], capture_output=True, text=True)
+    assert told.returncode == 0 and not told.stdout + told.stderr
 
 
 FAKE_WHET = r"""#!/usr/bin/env bash

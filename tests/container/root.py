@@ -68,7 +68,11 @@ def missing() -> str:
     """Return why no root can be made here, or nothing."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "needs root on Linux"
-    tools = [name for name in ("debootstrap", "unshare", "nsenter") if not shutil.which(name)]
+    tools = [
+        name
+        for name in ("debootstrap", "unshare", "nsenter", "ssh-keygen")
+        if not shutil.which(name)
+    ]
     return f"needs {', '.join(tools)}" if tools else ""
 
 

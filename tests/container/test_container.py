@@ -23,6 +23,7 @@ pytestmark = [
 ]
 
 PASSWORD, SUDO = "a password: with 'quotes'", "another $one"
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # this machine may have other work
 CELL = (Path(__file__).parent / "cell.py").read_text()
 
 
@@ -109,9 +110,7 @@ def run_cell(container, code, secret=PASSWORD, kind="password", user="1000:1000"
 
 @pytest.fixture(scope="module")
 def key(tmp_path_factory):
-    """A key pair, made with this machine's or, where it has none, nobody's ssh-keygen."""
-    if not shutil.which("ssh-keygen"):
-        pytest.skip("needs ssh-keygen")
+    """A key pair: the private key's text and the public key's line."""
     file = tmp_path_factory.mktemp("key") / "id"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", file], check=True)
     return file.read_text(), file.with_suffix(".pub").read_text().strip()
@@ -360,22 +359,46 @@ def test_a_command_runs_instead_and_its_exit_code_is_the_container_s(start):
     assert container.process.wait(30) == 7 and container.output() == "1000\n\n"
 
 
+def few_rows(work):
+    """Write four of the quickstart's held-out rows where a container's volume `work` is."""
+    work.mkdir()
+    lines = (root.CHECKOUT / "examples/quickstart/heldout.jsonl").read_text().splitlines(True)
+    (work / "rows.jsonl").write_text("".join(lines[:4]))
+
+
 def test_whet_trains_in_it_unattended(start, tmp_path):
-    container = start(
-        "sh", "-c",
-        "cd /workspace/work && whet train --config-json /workspace/examples/pipeline/nightly.json "
-        "--json --set train.max_steps=2 --set data.heldout=null 2>/dev/null",
-        volumes=tmp_path,
-    )  # fmt: skip
-    assert container.process.wait(300) == 0, container.output()
-    summary = json.loads(container.output())
-    assert summary["status"] == "done" and summary["steps"] == 2
-    assert (tmp_path / "work/runs/nightly/adapter").is_dir()
+    """The pipeline's script and config as they are, but for fewer steps and held-out rows."""
+    work, inside = tmp_path / "work", "/workspace/work"
+    few_rows(work)
+    config = json.loads((root.CHECKOUT / "examples/pipeline/nightly.json").read_text())
+    config["train"] |= {"max_steps": 3, "warmup_steps": 1}
+    config["data"]["train"] = "/workspace/examples/quickstart/train.jsonl"
+    config["data"]["heldout"] = "rows.jsonl"
+    config["eval"] = {"samples": 0}
+    (work / "nightly.json").write_text(json.dumps(config))
+    script = "/workspace/examples/pipeline/nightly.sh"
+    container = start(script, f"{inside}/nightly.json", inside, volumes=tmp_path, **ONE_THREAD)
+    assert container.process.wait(400) == 0, container.output()
+    summary = json.loads((work / "summary.json").read_text())
+    assert summary["status"] == "done" and summary["steps"] == 3
+    assert container.output().startswith("perplexity on held-out rows: ")
+    assert (work / "model/config.json").is_file() and (work / "runs/nightly/adapter").is_dir()
 
 
 def test_doctor_finds_nothing_wrong_with_a_cpu(start):
     container = start("whet", "doctor")
     assert container.process.wait(120) == 0, container.output()
+
+
+NOTEBOOK = """
+import nbformat
+from nbclient import NotebookClient
+book = nbformat.read("quickstart.ipynb", 4)
+first = next(cell for cell in book.cells if cell.cell_type == "code")
+first.source += "\\nANSWER = 2\\nSET += ['train.max_steps=1', 'eval.samples=0']"
+first.source += "\\nSET += ['data.heldout=/workspace/work/rows.jsonl']"
+NotebookClient(book, timeout=400).execute()
+"""
 
 
 def test_the_notebooks_are_there_and_what_they_train_is_kept(start, tmp_path):
@@ -386,18 +409,11 @@ def test_the_notebooks_are_there_and_what_they_train_is_kept(start, tmp_path):
     assert [name for name in container.output().split() if name.endswith(".ipynb")] == there
     if "quickstart.ipynb" not in there:
         pytest.skip("this checkout has no notebooks")
-    code = (
-        "import nbformat\nfrom nbclient import NotebookClient\n"
-        "book = nbformat.read('quickstart.ipynb', 4)\n"
-        "first = next(cell for cell in book.cells if cell.cell_type == 'code')\n"
-        'first.source += \'\\nSET += ["train.max_steps=1", "data.heldout=null"]\\nANSWER = 2\'\n'
-        "NotebookClient(book, timeout=600).execute()"
-    )
-    container = start(
-        "sh", "-c", 'cd /workspace/notebooks && python -c "$0"', code, volumes=tmp_path
-    )
-    assert container.process.wait(600) == 0, container.output()
-    assert list((tmp_path / "work" / "runs").iterdir())
+    few_rows(tmp_path / "work")
+    command = ["sh", "-c", 'cd /workspace/notebooks && python -c "$0"', NOTEBOOK]
+    container = start(*command, volumes=tmp_path, **ONE_THREAD)
+    assert container.process.wait(400) == 0, container.output()
+    assert (tmp_path / "work" / "runs" / "quickstart" / "report.json").is_file()
 
 
 @pytest.mark.parametrize(
