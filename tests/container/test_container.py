@@ -73,9 +73,7 @@ def start(image, tmp_path):
 
     yield begin
     for container in started:
-        if container.process.poll() is None:
-            container.process.kill()
-            container.process.wait()
+        container.kill()
     for upper in folders:
         for folder in (upper, Path(f"{upper}.work"), Path(f"{upper}.root")):
             shutil.rmtree(folder)
