@@ -14,10 +14,11 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -262,3 +263,27 @@ class Container:
         """Send SIGTERM to process 1 and return the exit code."""
         os.kill(self.first(), signal.SIGTERM)
         return self.process.wait(seconds)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(true: Callable[[], bool], container: Container, seconds: float = 60) -> None:
+    """Wait until something holds, as long as the container runs."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert container.process.poll() is None, container.output()
+        assert time.monotonic() < deadline, container.output()
+        time.sleep(0.2)
+
+
+def health(
+    container: Container, user: str = "1000:1000", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the image's health check."""
+    ports = {name: str(port) for name, port in container.ports.items()}
+    return container.run("whet-entrypoint", "--health", user=user, **{**environment, **ports})

@@ -4,11 +4,8 @@ Minutes of work, and the network the first time: run by `make test-container`.
 """
 
 import json
-import os
 import re
-import shutil
 import socket
-import subprocess
 import time
 from pathlib import Path
 
@@ -27,91 +24,12 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # this machine may have other work
 CELL = (Path(__file__).parent / "cell.py").read_text()
 
 
-@pytest.fixture(scope="module")
-def image():
-    """The root as an image: libraries from the cache, whet and the entrypoint from the checkout."""
-    folder = root.CACHE / f"session-{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    yield root.install(root.libraries(), folder / "whet", ["wheel", "whet", "user"])
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def start(image, tmp_path):
-    """Start containers; what is left of them at the end is killed."""
-    started, folders = [], []
-
-    def begin(*argv, user="1000:1000", read_only=False, volumes=None, check=True, **environment):
-        upper = image.folders[0].with_name(f"container-{len(os.listdir(image.folders[0].parent))}")
-        folders.append(upper)
-        ports = {"JUPYTER_PORT": free_port(), "SSH_PORT": free_port()}
-        settings = {
-            **root.IMAGE_ENVIRONMENT,
-            **{name: str(port) for name, port in ports.items()},
-            **environment,
-        }
-        binds = []
-        for name in root.VOLUMES if volumes else ():
-            (volumes / name).mkdir(exist_ok=True)
-            os.chown(volumes / name, *(int(number) for number in user.split(":")))
-            binds.append((volumes / name, f"/workspace/{name}"))
-        command, variables = root.command_in(
-            image, upper, ["whet-entrypoint", *argv], settings, binds, user, read_only
-        )
-        log = tmp_path / f"{upper.name}.log"
-        with open(log, "wb") as out:
-            process = subprocess.Popen(
-                command, env=variables, stdin=subprocess.DEVNULL, stdout=out,
-                stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        container = root.Container(process, log, ports)
-        started.append(container)
-        if check and not argv:
-            wait_until(lambda: health(container, **environment).returncode == 0, container)
-        return container
-
-    yield begin
-    for container in started:
-        container.kill()
-    for upper in folders:
-        for folder in (upper, Path(f"{upper}.work"), Path(f"{upper}.root")):
-            shutil.rmtree(folder)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until(true, container, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert container.process.poll() is None, container.output()
-        assert time.monotonic() < deadline, container.output()
-        time.sleep(0.2)
-
-
-def health(container, user="1000:1000", **environment):
-    ports = {name: str(port) for name, port in container.ports.items()}
-    return container.run("whet-entrypoint", "--health", user=user, **{**environment, **ports})
-
-
 def run_cell(container, code, secret=PASSWORD, kind="password", user="1000:1000"):
     port = str(container.ports["JUPYTER_PORT"])
     container.run("tee", "/tmp/cell.py", stdin=CELL, user=user)
     return container.run(
         "/opt/whet/bin/python", "/tmp/cell.py", port, kind, secret, stdin=code, user=user
     )
-
-
-@pytest.fixture(scope="module")
-def key(tmp_path_factory):
-    """A key pair: the private key's text and the public key's line."""
-    file = tmp_path_factory.mktemp("key") / "id"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", file], check=True)
-    return file.read_text(), file.with_suffix(".pub").read_text().strip()
 
 
 def ssh(container, private, command, *options):
@@ -245,7 +163,7 @@ def test_what_dies_is_started_again(start, key):
     container.wait_for("sshd ended (killed by SIGKILL); starting it again")
     kill(container, "jupyter-lab")
     container.wait_for("jupyter ended (killed by SIGKILL); starting it again")
-    wait_until(lambda: health(container, SSH_KEY=key[1]).returncode == 0, container)
+    root.wait_until(lambda: root.health(container, SSH_KEY=key[1]).returncode == 0, container)
     assert run_cell(container, "print(1)").stdout == "1\n"
     assert ssh(container, key[0], "echo 2").stdout == "2\n"
 
@@ -268,7 +186,9 @@ def test_what_is_killed_again_and_again_ends_the_container_with_its_reason(start
     for times in (1, 2):
         kill(container, "jupyter-lab")
         container.wait_for("jupyter ended (killed by SIGKILL); starting it again", times)
-        wait_until(lambda: container.run("pgrep", "-f", "jupyter-lab").returncode == 0, container)
+        root.wait_until(
+            lambda: container.run("pgrep", "-f", "jupyter-lab").returncode == 0, container
+        )
     kill(container, "jupyter-lab")
     assert container.process.wait(30) == 1
     last = container.output().splitlines()[-1]
@@ -278,9 +198,9 @@ def test_what_is_killed_again_and_again_ends_the_container_with_its_reason(start
 def test_a_health_check_tells_what_does_not_answer(start, key):
     container = start(SSH_KEY=key[1])
     container.run("pkill", "-STOP", "-f", "/usr/sbin/sshd -D")
-    told = health(container, SSH_KEY=key[1])
+    told = root.health(container, SSH_KEY=key[1])
     assert told.returncode != 0 and "sshd answers ''" in told.stdout
-    assert health(container).returncode == 0, "Jupyter alone is well"
+    assert root.health(container).returncode == 0, "Jupyter alone is well"
 
 
 def test_sigterm_ends_everything_in_good_order(start, key):
