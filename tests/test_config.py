@@ -9,10 +9,10 @@ from whet.config_file import (
     commented_yaml,
     known_keys,
     load_config,
-    parse_yaml,
     to_json_schema,
     to_yaml,
 )
+from whet.config_text import parse_yaml
 from whet.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,6 @@ inside the functions, so that `--help` answers at once.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -24,21 +23,13 @@ from whet.cli_options import (
     Commands,
     ConfigPath,
     DataFile,
-    MaxRestarts,
-    NodeRank,
-    NumNodes,
-    NumProcesses,
-    Rendezvous,
     RunOrModel,
-    Strategy,
     keys,
 )
 from whet.cli_setup import setup
 from whet.cli_talk import talk_app
-from whet.config_file import (
-    load_config,
-    to_yaml,
-)
+from whet.cli_train import train_app
+from whet.config_file import load_config
 from whet.data.sources import require_sources
 from whet.errors import WhetError
 from whet.sections import DataSection
@@ -59,6 +50,7 @@ app = typer.Typer(
 
 app.add_typer(setup)
 app.add_typer(data_app)
+app.add_typer(train_app)
 app.add_typer(talk_app)
 app.add_typer(export_app)
 app.add_typer(machine_app)
@@ -118,61 +110,6 @@ def plan(
         show_plan(console(), found)
     if not found.fits:
         raise typer.Exit(1)
-
-
-@app.command(epilog=keys())
-def train(
-    config: ConfigPath,
-    set_: Assignments = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")
-    ] = False,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the resolved config and stop.")
-    ] = False,
-    nproc: NumProcesses = None,
-    nnodes: NumNodes = 1,
-    node_rank: NodeRank = None,
-    rdzv: Rendezvous = None,
-    strategy: Strategy = None,
-    max_restarts: MaxRestarts = 0,
-) -> None:
-    """Train as CONFIG says; measure the base and the tuned model on the held-out rows."""
-    changes = [*(set_ or []), *([f"parallel.strategy={strategy}"] if strategy else [])]
-    settings = load_config(config, changes)
-    if print_config:
-        typer.echo(to_yaml(settings), nl=False)
-        return
-    require_sources(settings.data)
-    if any((nproc, nnodes > 1, "RANK" in os.environ, "ACCELERATE_MIXED_PRECISION" in os.environ)):
-        from whet.train.launch import Launch, must_start, run_processes
-
-        launch = Launch(nproc, nnodes, node_rank, rdzv, max_restarts)
-        if must_start(launch):
-            assigned = [part for change in changes for part in ("--set", change)]
-            run_processes(["train", config, *assigned, *(["--resume"] if resume else [])], launch)
-            return
-    _quiet_libraries()
-    from whet.terminal import Terminal, show_end, show_evaluation
-    from whet.train.launch import as_one_of_several, is_first
-    from whet.train.listen import QuietListener
-
-    terminal = Terminal()
-    if is_first():
-        terminal.stage(f"whet {__version__}: {config}, starting")
-    from whet.train.recipe import fit
-
-    try:
-        with as_one_of_several():
-            run = fit(settings, resume, terminal if is_first() else QuietListener())
-    finally:
-        terminal.finish()
-    if not is_first():
-        return
-    report = run.report
-    if "tuned" in report.get("evaluation", {}):
-        show_evaluation(terminal.out, report["evaluation"], settings.eval.samples)
-    show_end(terminal.out, str(run.path), report["seconds"], report["peak_bytes"])
 
 
 @app.command(name="eval", epilog=keys("eval"))

@@ -10,7 +10,8 @@ import typer
 
 from whet.cli_options import AsJson, Assignments, keys
 from whet.config import Config
-from whet.config_file import load_config, parse_yaml
+from whet.config_file import load_config
+from whet.config_text import parse_yaml
 from whet.data.sources import require_sources
 from whet.errors import InputError
 

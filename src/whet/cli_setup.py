@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from whet.config_file import TEMPLATES, commented_yaml, load_config, parse_yaml, to_json_schema
+from whet.config_file import TEMPLATES, commented_yaml, load_config, to_json_schema
+from whet.config_text import parse_yaml
 from whet.errors import InputError, did_you_mean
 
 setup = typer.Typer()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,57 +19,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from whet.config import Config
+from whet.config_text import parse_json, parse_yaml, read_json, read_yaml
 from whet.errors import InputError, did_you_mean
 from whet.sections import Section
 
 # --- reading -------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose `1e-4` is a number and whose doubled keys are errors."""
-
-
-_Loader.yaml_implicit_resolvers = copy.deepcopy(yaml.SafeLoader.yaml_implicit_resolvers)
-# YAML 1.1 reads on and off as booleans, which here are choices (`engine.cuda_graphs: off`).
-for _start in "oO":
-    _Loader.yaml_implicit_resolvers[_start] = [
-        resolver
-        for resolver in _Loader.yaml_implicit_resolvers[_start]
-        if resolver[0] != "tag:yaml.org,2002:bool"
-    ]
-# YAML 1.1 reads 1e-4 as text because it has no dot; every config of a trainer has such a number.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _mapping_without_doubles(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if isinstance(key, str) and key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key '{key}' is given twice", key_node.start_mark
-            )
-        seen.add(key if isinstance(key, str) else str(key))
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_doubles)
-
-
-def parse_yaml(text: str) -> Any:
-    """Parse YAML (or JSON, which is YAML) with numbers as people write them.
-
-    Args:
-        text: The document.
-
-    Raises:
-        yaml.YAMLError: The text is not YAML, or gives a key twice.
-    """
-    return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
 
 
 def load_config(
@@ -92,8 +47,34 @@ def load_config(
     elif isinstance(source, Mapping):
         tree, title = copy.deepcopy(dict(source)), "The config has mistakes:"
     else:
-        tree, title = _read_file(Path(source)), f"{source} has mistakes:"
+        tree, title = read_yaml(Path(source)), f"{source} has mistakes:"
         _anchor_paths(tree, Path(source).resolve().parent)
+    return _checked(tree, title, overrides)
+
+
+def load_json_config(source: str, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a config that a program wrote: JSON, and no YAML that looks like it.
+
+    Args:
+        source: Path of the file, or `-` for standard input.
+        overrides: As in `load_config`.
+
+    Raises:
+        InputError: As in `load_config`; or the text is not JSON, told with line and column.
+    """
+    if source == "-":
+        name, folder, tree = (
+            "standard input",
+            Path.cwd(),
+            parse_json(sys.stdin.read(), "standard input"),
+        )
+    else:
+        name, folder, tree = source, Path(source).resolve().parent, read_json(Path(source))
+    _anchor_paths(tree, folder)
+    return _checked(tree, f"{name} has mistakes:", overrides)
+
+
+def _checked(tree: dict[str, Any], title: str, overrides: Sequence[str]) -> Config:
     mistakes = [m for text in overrides if (m := _apply_override(tree, text)) is not None]
     config = None
     try:
@@ -103,30 +84,6 @@ def load_config(
     if mistakes or config is None:
         raise InputError.listing(title, mistakes)
     return config
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise InputError(f"there is no config file '{path}'", fix="`whet init` writes one")
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"'{path}' cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"'{path}' is not UTF-8 text", f"byte {error.start}") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        at = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise InputError(f"{at}: {error.problem}", fix="correct the YAML there") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"'{path}' is not YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise InputError(
-            f"'{path}' must hold sections (model, data, train, ...)",
-            type(tree).__name__,
-            "`whet init` writes an example",
-        )
-    return tree
 
 
 def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:

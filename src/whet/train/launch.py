@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _LOST = ("gloo", "nccl", "connection closed", "connection reset", "socket", "broken pipe", "store")
 # A process that lost another waits to be ended, so that the other's error is the one that is shown.
 PATIENCE_SECONDS = 25
+RUN_ID = "whet"  # of processes that whet has started itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ def _launch_config(launch: Launch, logs: str) -> Any:
         min_nodes=launch.nnodes,
         max_nodes=launch.nnodes,
         nproc_per_node=launch.nproc or 1,
-        run_id="whet",
+        run_id=RUN_ID,
         rdzv_backend="c10d",
         rdzv_endpoint=launch.rdzv or "localhost:0",
         max_restarts=launch.max_restarts,
@@ -274,6 +275,8 @@ def as_one_of_several() -> Iterator[None]:
             time.sleep(PATIENCE_SECONDS)  # the launcher ends this process meanwhile
         elif not isinstance(error, WhetError):
             traceback.print_exc()
+        elif os.environ.get("TORCHELASTIC_RUN_ID") != RUN_ID:  # torchrun's own words are many
+            print(f"whet: process {os.environ['RANK']}: {error}", file=sys.stderr)
         code = getattr(error, "exit_code", 1)
         _write_record(Path(file), error, code, lost)
         # Stopping as asked is no failure, after which torchrun would start all processes again.
