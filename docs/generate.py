@@ -33,7 +33,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     wanted = {outside for page in pages for _, outside in _links_out(page)}
     # A result page shows a picture that lies beside it.
     for page in [path for path in wanted if path.suffix == ".md"]:
-        wanted |= {page.parent / name for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text())}
+        wanted |= {
+            page.parent / name for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text())
+        }
     for path in sorted(wanted):
         uri = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, uri, abs_src_path=str(path)))
@@ -99,7 +101,14 @@ def config_reference() -> str:
 def _key(path: str, field: FieldInfo) -> list[str]:
     default = json.dumps(field.get_default(call_default_factory=True), ensure_ascii=False)
     heading = f"### `{path}` {{ #{path.replace('.', '-')} }}"
-    return [heading, "", f"{_type(field)}; default `{default}`", "", _sentence(field.description), ""]
+    return [
+        heading,
+        "",
+        f"{_type(field)}; default `{default}`",
+        "",
+        _sentence(field.description),
+        "",
+    ]
 
 
 def _sentence(text: str | None) -> str:

@@ -85,9 +85,7 @@ def sentences():
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
             elif isinstance(node, ast.JoinedStr):
-                parts = [
-                    p.value if isinstance(p, ast.Constant) else "\0" for p in node.values
-                ]
+                parts = [p.value if isinstance(p, ast.Constant) else "\0" for p in node.values]
                 found.append("".join(map(str, parts)))
     return found
 
