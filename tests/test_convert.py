@@ -255,7 +255,7 @@ def test_unsloth_yaml(translated):
 
 def test_the_arguments_of_unsloth_s_notebooks(translated):
     found, config = translated(
-        "model_name: unsloth/llama-3-8b\nmax_seq_length: 2048\nload_in_4bit: true\nr: 16\nlora_alpha: 16\n"
+        "model_name: unsloth/llama-3-8b\nmax_seq_length: 2048\nload_in_4bit: true\nr: 16\n"
         "use_gradient_checkpointing: unsloth\nrandom_state: 7\ngradient_accumulation_steps: 8\n"
         "optim: adamw_8bit\ndataset: rows.jsonl\n"
     )
