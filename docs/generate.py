@@ -160,8 +160,8 @@ def cli_reference() -> str:
     lines = [
         "# Command line",
         "",
-        "`whet COMMAND --help` as it prints itself. Exit codes: 0 done, 1 the work failed, 2 the input was",
-        "wrong, 130 stopped with Ctrl-C. `--debug` behind any command gives a traceback.",
+        "`whet COMMAND --help` as it prints itself. Exit codes: 0 done, 1 the work failed, 2 the input",
+        "was wrong, 130 stopped with Ctrl-C. `--debug` behind any command gives a traceback.",
         "",
     ]
     for name in sorted(typer.main.get_command(app).commands):
