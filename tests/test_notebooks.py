@@ -68,7 +68,8 @@ def executed(tiny_model, rows_file, tmp_path_factory):
         first.source += "".join(f"\n{key} = {value!r}" for key, value in values[name].items())
         cells += [nbformat.v4.new_code_cell("%reset -f"), *code[name]]
     client = NotebookClient(
-        nbformat.v4.new_notebook(cells=cells), timeout=100, allow_errors=True,
+        nbformat.v4.new_notebook(cells=cells), timeout=300,
+        startup_timeout=300, allow_errors=True,
         kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}},
     )  # fmt: skip
     client.execute()
