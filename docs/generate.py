@@ -25,6 +25,23 @@ DOCS = ROOT / "docs"
 _LINK = re.compile(r"(?<=\]\()(\.\.?/[^)#\s]+)")
 
 
+# Pages that come with work of their own: they are in the menu once they are there.
+COMING = {
+    "container.md": "In a container", "pipeline.md": "Unattended", "distributed.md": "Several GPUs",
+    "scale.md": "Several machines",
+}  # fmt: skip
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put pages that may be there into the menu, behind the guides."""
+    guides = next(item["How to"] for item in config.nav if "How to" in item)
+    written = {page for item in guides if isinstance(item, dict) for page in item.values()}
+    for page, title in COMING.items():
+        if (DOCS / page).is_file() and page not in written:
+            guides.append({title: page})
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages, and what pages link to outside of docs/."""
     for name, content in (("config", config_reference()), ("cli", cli_reference())):
