@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from whet.engine import memory, offload
-from whet.engine.offload import Arena, Flight, Lane, release_offload_buffers, set_scratch_dir
+from whet.engine.offload import Arena, Flight, Lane, set_scratch_dir
 
 CPU = torch.device("cpu")
 
@@ -113,8 +113,7 @@ def either(request):
 
 
 @pytest.fixture
-def scratch(tmp_path):
-    release_offload_buffers()
+def scratch(tmp_path, made):
     set_scratch_dir(tmp_path)
     yield tmp_path
     set_scratch_dir(None)
