@@ -1,8 +1,9 @@
 """What mkdocs calls while it builds the site (`hooks` in mkdocs.yml).
 
 It writes the pages that only repeat the code (the config and command line references), takes files
-of the repository that pages link to into the site, and turns Arabic pages right to left. Left out
-on purpose: tables that are also read in the repository are committed, and tests hold them to the code.
+of the repository that pages link to into the site, puts diagrams into their pages so that they follow
+the page's colours, and turns Arabic pages right to left. Left out on purpose: tables that are also
+read in the repository are committed, and tests hold them to the code.
 """
 
 from __future__ import annotations
@@ -17,29 +18,39 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from mkdocs.utils.templates import TemplateContext
 from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 # A link to a file, without the part behind `#`.
 _LINK = re.compile(r"(?<=\]\()(\.\.?/[^)#\s]+)")
-
-
-# Pages that come with work of their own: they are in the menu once they are there.
-COMING = {
-    "container.md": "In a container", "pipeline.md": "Unattended", "distributed.md": "Several GPUs",
-    "scale.md": "Several machines",
+_DIAGRAM = re.compile(r'<img [^>]*src="((?:\.\./)*diagrams/[^"]+\.svg)"[^>]*>')
+# The colours of the diagrams, and what docs/extra.css calls them; on paper and in the repository the
+# files show as they are.
+COLOURS = {
+    "#ffffff": "box", "#f7f9fa": "ground", "#1f2933": "ink", "#52606d": "line", "#0b7285": "accent",
+    "#e3f2f4": "soft", "#eef4f5": "soft",
 }  # fmt: skip
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put pages that may be there into the menu, behind the guides."""
+    """Put pages that the menu of mkdocs.yml does not name behind the guides, by their own titles."""
+    named = set(_pages(config.nav))
     guides = next(item["How to"] for item in config.nav if "How to" in item)
-    written = {page for item in guides if isinstance(item, dict) for page in item.values()}
-    for page, title in COMING.items():
-        if (DOCS / page).is_file() and page not in written:
-            guides.append({title: page})
+    for file in sorted(DOCS.glob("*.md")):
+        if file.name not in named:
+            title = file.read_text(encoding="utf-8").split("\n", 1)[0]
+            guides.append({title.removeprefix("# "): file.name})
     return config
+
+
+def _pages(item: Any) -> Iterator[str]:
+    """Yield the pages of a menu or a part of one."""
+    if isinstance(item, str):
+        yield item
+    for part in item.values() if isinstance(item, dict) else item if isinstance(item, list) else ():
+        yield from _pages(part)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -68,13 +79,26 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     return markdown
 
 
-def on_post_page(output: str, page: Page, **_: Any) -> str:
-    """Write Arabic pages from right to left; the theme sets one direction for the whole site."""
-    if not page.file.src_uri.startswith("ar/"):
-        return output
-    return output.replace('<html lang="en"', '<html lang="ar"', 1).replace(
-        '<body dir="ltr"', '<body dir="rtl"', 1
-    )
+def on_page_content(html: str, page: Page, **_: Any) -> str:
+    """Put a page's diagrams into it: as pictures of their own they would not see its colours."""
+
+    def inline(found: re.Match[str]) -> str:
+        file = (DOCS / page.file.src_uri).parent / found[1]
+        drawing = file.read_text(encoding="utf-8")
+        for colour, name in COLOURS.items():
+            drawing = drawing.replace(f'"{colour}"', f'"var(--drawing-{name}, {colour})"')
+        for mark in ("t", "d", "a"):  # several drawings on a page need names of their own
+            drawing = drawing.replace(f'id="{mark}"', f'id="{file.stem}-{mark}"')
+        drawing = drawing.replace("url(#a)", f"url(#{file.stem}-a)")
+        drawing = drawing.replace('"t d"', f'"{file.stem}-t {file.stem}-d"')
+        return f'<span class="drawing">{drawing}</span>'
+
+    return _DIAGRAM.sub(inline, html)
+
+
+def on_page_context(context: TemplateContext, page: Page, config: MkDocsConfig, **_: Any) -> None:
+    """Give Arabic pages their language, and so their direction; the theme has one for all pages."""
+    config.theme["language"] = "ar" if page.file.src_uri.startswith("ar/") else "en"
 
 
 def _links_out(page: Path) -> Iterator[tuple[str, Path]]:
@@ -182,7 +206,7 @@ def cli_reference() -> str:
         "",
     ]
     for name in sorted(typer.main.get_command(app).commands):
-        told = CliRunner().invoke(app, [name, "--help"], prog_name="whet", terminal_width=96).output
+        told = CliRunner().invoke(app, [name, "--help"], prog_name="whet", terminal_width=86).output
         # The config's keys have a page of their own.
         told, keys, _ = told.partition("Config keys and their defaults:")
         lines += [f"## whet {name}", "", "```text", told.strip(), "```", ""]
