@@ -261,11 +261,100 @@ def test_the_arguments_of_unsloth_s_notebooks(translated):
     )
     assert found.dialect == "Unsloth" and (config.lora.rank, config.train.seed) == (16, 7)
     assert config.train.batch_size == 2 * 8 and config.train.optimizer == "adamw_8bit"
+    assert config.data.loss_on == "all" and config.train.epochs == 3, "as theirs, when left out"
+
+
+def test_warmup_steps_win_over_a_share(translated):
+    text = "model: a/b\ntraining:\n  max_steps: 60\n  warmup_ratio: 0.5\n"
+    assert translated(text)[1].train.warmup_steps == 30
+    assert translated(text + "  warmup_steps: 7\n")[1].train.warmup_steps == 7
+
+
+def test_axolotl_s_own_warmup_is_taken_or_told(translated):
+    text = "base_model: a/b\nsequence_len: 64\nadapter: lora\n"
+    assert translated(text + "max_steps: 1000\n")[1].train.warmup_steps == 30
+    assert translated(text + "max_steps: 10000\n")[1].train.warmup_steps == 100
+    assert "0.03" in dict(translated(text)[0].lost)["warmup_ratio"]
+
+
+AXOLOTL_SETS = """
+base_model: a/b
+sequence_len: 64
+adapter: lora
+datasets:
+  - path: org/chats-v1.5
+    split: train[:10%]
+    type: chat_template
+    field_messages: dialogue
+    message_property_mappings: {role: speaker, content: value}
+    roles: {user: [human], assistant: [gpt, helper]}
+    roles_to_train: [assistant]
+    train_on_eos: last
+    quite_new: 1
+  - path: rows.jsonl
+    ds_type: json
+    split: train
+    type: {field_instruction: question, field_output: answer, format: "Q: {instruction}", system_prompt: "Be brief."}
+"""  # noqa: E501
+
+
+def test_every_key_of_an_axolotl_data_set_is_taken_over_or_named(translated):
+    found, config = translated(AXOLOTL_SETS)
+    assert config.data.train == ["org/chats-v1.5:train[:10%]", "rows.jsonl"]
+    assert config.data.columns["instruction"] == "question" and config.data.system == "Be brief."
+    lost = dict(found.lost)
+    assert {key for key in lost if key.startswith("datasets")} == {
+        "datasets", "datasets.message_property_mappings", "datasets.roles", "datasets.train_on_eos",
+        "datasets.quite_new", "datasets.type.format",
+    }  # fmt: skip
+    assert (
+        "helper" in lost["datasets.roles"]
+        and "speaker" in lost["datasets.message_property_mappings"]
+    )
+    assert "datasets.ds_type" in dict(found.moot)
+
+
+def test_axolotl_pairs_with_fields_of_their_own(translated):
+    found, config = translated(
+        "base_model: a/b\nsequence_len: 64\nadapter: lora\nrl: dpo\ndpo_beta: 0.2\nwarmup_steps: 0\n"
+        "datasets:\n  - path: pairs.jsonl\n    type:\n      field_prompt: q\n      field_chosen: good\n"
+        "      field_rejected: bad\n      prompt_format: '{prompt}'\n"
+    )
+    assert config.data.columns == {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    assert config.method == "dpo" and config.preference.beta == 0.2 and found.lost == []
+
+
+def test_every_key_of_dataset_info_is_taken_over_or_named(translated, tmp_path):
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps(
+            {
+                "chats": {
+                    "hf_hub_url": "org/chats", "split": "dev", "num_samples": 9, "subset": "small",
+                    "formatting": "sharegpt", "columns": {"messages": "dialogue", "images": "images"},
+                    "tags": {"role_tag": "role", "content_tag": "text", "user_tag": "user"},
+                },
+            }
+        )
+    )  # fmt: skip
+    found, config = translated("model_name_or_path: a/b\nstage: sft\ndataset: chats\n")
+    assert config.data.train == "org/chats:dev#9" and config.data.columns == {
+        "messages": "dialogue"
+    }
+    lost = {key for key, _ in found.lost}
+    assert lost == {"chats.subset", "chats.images", "chats.content_tag"}
+
+
+def test_plain_text_of_llama_factory_keeps_its_column(translated, tmp_path):
+    entry = {"wiki": {"file_name": "wiki.json", "columns": {"prompt": "content"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entry))
+    _, config = translated("model_name_or_path: a/b\nstage: pt\ndataset: wiki\ncutoff_len: 64\n")
+    assert config.method == "pretrain" and config.data.columns == {"text": "content"}
 
 
 def test_trl_sft(translated):
     found, config = translated(TRL)
-    assert found.dialect == "trl" and found.unknown == [] and found.lost == []
+    assert found.dialect == "trl" and found.unknown == []
+    assert [key for key, _ in found.lost] == ["assistant_only_loss"], "all is learned there"
     assert config.data.train == "trl-lib/Capybara:train"
     assert config.data.heldout == "trl-lib/Capybara:test" and config.eval.steps == 100
     assert config.train.batch_tokens == 2 * 8 * 512 and config.lora.rank == 32
@@ -287,6 +376,13 @@ def test_unknown_keys_are_told_with_the_key_that_was_meant(translated):
         ("base_model: a/b\nsequence_len: 9\nload_in_4bit: true\n", "model.load_in_4bit freezes them"),
         ("base_model: a/b\nsequence_len: 2\nadapter: lora\n", "model.max_length"),
         ("base_model: a/b\nsequence_len: 9\nmicro_batch_size: two\n", "'two'"),
+        ("base_model: a/b\nsequence_len: 9\nlearning_rate: fast\n", "learning_rate has a value that"),
+        ("base_model: a/b\nsequence_len: 9\nlora_r: {a: 1}\n", "lora_r has a value that whet cannot"),
+        ("base_model: [1]\nsequence_len: 9\nadapter: lora\n", "makes no config that whet takes"),
+        ("base_model: a/b\nsequence_len: 9\ndatasets: 5\n", "give each data set a path"),
+        ("base_model: a/b\nbase_model: c/d\n", "'base_model' is given twice"),
+        ("model: {name: smollm2-135m}\ntrain: {epochs: 1}\n", "whet reads its own configs"),
+        ("", "it has no keys"), ("# nothing\n", "it has no keys"), ("5", "it has no keys"),
         ("lines: 1\n", "is no config of Axolotl"),
         ("- a\n", "is no config of another trainer"),
         ("a: [", "is not YAML"),
@@ -304,7 +400,9 @@ def test_what_would_make_another_run_is_an_error_in_a_sentence(text, words, tmp_
     ("line", "key"),
     [
         ("val_set_size: 200", "val_set_size"), ("lr_scheduler: rex", "lr_scheduler"),
-        ("save_steps: 0.1", "save_steps"), ("chat_template: jamba", "chat_template"),
+        ("save_steps: 0.1", "save_steps"),
+        ("val_set_size: 0.1\neval_strategy: epoch", "eval_strategy"),
+        ("chat_template: jamba", "chat_template"),
         ("deepspeed: zero3.json", "deepspeed"), ("early_stopping_patience: 3", "early_stopping_patience"),
         ("plugins: [axolotl.integrations.kd.KDPlugin]", "plugins"),
         ("datasets: [{path: a/b, type: alpaca, name: small}]", "datasets.name"),

@@ -58,7 +58,24 @@ def test_pages_load_nothing_from_another_host(site):
 def test_the_arabic_page_runs_from_right_to_left(site):
     page = (site / "ar" / "index.html").read_text()
     assert '<html lang="ar"' in page and '<body dir="rtl"' in page
-    assert '<body dir="ltr"' in (site / "index.html").read_text()
+    assert "جدول المحتويات" in page, "the theme's own words, too"
+    page = (site / "index.html").read_text()
+    assert '<html lang="en"' in page and '<body dir="ltr"' in page
+
+
+def test_diagrams_are_in_their_page_with_its_colours(site):
+    page = (site / "how-it-works.html").read_text()
+    assert page.count("<svg xmlns") == len(list((DOCS / "diagrams").glob("*.svg"))) == 4
+    assert 'src="diagrams/' not in page and '"#ffffff"' not in page
+    names = re.findall(r'id="((?:batch|layer|planner|parity)-[tda])"', page)
+    assert len(names) == len(set(names)) == 12, "names of one drawing are not another's"
+    styles = (DOCS / "extra.css").read_text()
+    assert all(f"--drawing-{name}:" in styles for name in re.findall(r"var\(--drawing-(\w+)", page))
+
+
+def test_every_page_is_in_the_menu(site):
+    menu = (site / "index.html").read_text()
+    assert [p.name for p in DOCS.glob("*.md") if f'href="{p.stem}.html"' not in menu] == []
 
 
 def test_links_out_of_docs_lead_to_copies(site):
@@ -72,7 +89,10 @@ def test_links_out_of_docs_lead_to_copies(site):
 def test_the_guides_have_every_example_and_a_page_in_the_menu_each():
     page = (DOCS / "guides" / "index.md").read_text(encoding="utf-8")
     linked = set(re.findall(r"\(\.\./\.\./examples/([^)]+)\)", page))
-    assert linked == {file.name for file in (ROOT / "examples").glob("*.yaml")}
+    examples = ROOT / "examples"
+    configs = [*examples.glob("*.yaml"), *(examples / "convert").glob("*.y*ml")]
+    assert {file.relative_to(examples).as_posix() for file in configs} <= linked
+    assert all((examples / name).is_file() for name in linked)
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert all(f"guides/{file.name}" in menu for file in (DOCS / "guides").glob("*.md"))
 

@@ -6,6 +6,7 @@ comes out is a config that `load_config` takes, with the reasons as comments abo
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ import yaml
 from whet.config_file import load_config, parse_yaml
 from whet.convert.axolotl import AXOLOTL
 from whet.convert.llama_factory import LLAMA_FACTORY
-from whet.convert.rules import Dialect, Reading
+from whet.convert.rules import Dialect, Reading, Refused
 from whet.convert.trl import TRL
 from whet.convert.unsloth import UNSLOTH
-from whet.errors import InputError, did_you_mean
+from whet.errors import InputError
 
 __all__ = ["DIALECTS", "Conversion", "convert", "table"]
 
@@ -86,9 +87,8 @@ def convert(path: str | Path, dialect: str | None = None) -> Conversion:
     for key, value in reading.theirs.items():
         rule = chosen.rule_of(key)
         if rule is None:
-            known = [name for name in chosen.rules if not name.endswith("*")]
-            guess = did_you_mean(key, known)
-            unknown.append(f"{key}" + (f" (did you mean {guess}?)" if guess else ""))
+            close = difflib.get_close_matches(key, chosen.rules, n=1, cutoff=0.8)
+            unknown.append(key + "".join(f" (did you mean {name}?)" for name in close))
         elif rule.moot:
             reading.moot.append((key, rule.why))
         elif not rule.to and not rule.together:
@@ -97,24 +97,38 @@ def convert(path: str | Path, dialect: str | None = None) -> Conversion:
         elif not rule.together:
             try:
                 reading.set(rule.to, rule.read(value))
-            except (ValueError, TypeError) as error:
+            except Refused as error:
                 reading.lose(key, str(error))
+            except (ValueError, TypeError) as error:
+                raise InputError(
+                    f"'{path}': {key} has a value that whet cannot read", repr(value)
+                ) from error
     try:
         chosen.together(reading)
     except (ValueError, TypeError) as error:
         raise InputError(f"'{path}' has a value that whet cannot read: {error}") from error
     ours = _nested(reading.ours)
-    load_config(ours)  # every value is one that whet takes, and none contradicts another
+    try:
+        load_config(ours)  # every value is one that whet takes, and none contradicts another
+    except InputError as error:
+        raise InputError(f"'{path}' makes no config that whet takes. {error}") from error
     return Conversion(chosen.name, ours, reading.lost, reading.moot, unknown)
 
 
 def table(dialect: Dialect) -> str:
-    """Return a project's keys and ours as a Markdown table, for docs/migrate.md."""
+    """Return a project's keys and ours as Markdown, for docs/migrate.md: a table, and two lists."""
     lines = ["| theirs | ours | |", "|---|---|---|"]
     for key, rule in dialect.rules.items():
-        ours = ", ".join(f"`{name}`" for name in rule.to.split(", ") if name)
-        ours = ours or ("not needed" if rule.moot else "none")
-        lines.append(f"| `{key}` | {ours} | {rule.why} |")
+        if rule.to:
+            ours = ", ".join(f"`{name}`" for name in rule.to.split(", "))
+            lines.append(f"| `{key}` | {ours} | {rule.why} |")
+    for title, moot in (("Not here:", False), ("Not needed:", True)):
+        reasons: dict[str, list[str]] = {}
+        for key, rule in dialect.rules.items():
+            if not rule.to and rule.moot is moot:
+                reasons.setdefault(rule.why, []).append(f"`{key}`")
+        lines += ["", title, ""]
+        lines += [f"- {', '.join(keys)}: {why}" for why, keys in reasons.items()]
     return "\n".join(lines) + "\n"
 
 

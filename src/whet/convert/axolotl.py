@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from whet.convert.axolotl_data import set_data
 from whet.convert.rules import (
     Dialect,
     Reading,
@@ -35,7 +34,6 @@ _TEMPLATES = {
     "mistral_v1": "mistral", "mistral_v2v3": "mistral", "mistral_v3_tekken": "mistral", "qwen_25": "qwen",
     "tokenizer_default": None,
 }  # fmt: skip
-_FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "pretrain": "text"}
 _KERNELS = moot("the engine has its own")
 _TRACKER = moot("the tracker's environment variables hold")
 
@@ -103,7 +101,7 @@ _RULES: dict[str, Rule] = {
     "lr_scheduler_kwargs": lost("schedules have no settings here"),
     "cosine_min_lr_ratio": lost("the cosine ends at zero"),
     "warmup_steps": with_others("train.warmup_steps"),
-    "warmup_ratio": with_others("train.warmup_steps", "as a number of steps"),
+    "warmup_ratio": with_others("train.warmup_steps", "as a number; left out: 0.03, at most 100"),
     "weight_decay": to("train.weight_decay", float),
     "max_grad_norm": to("train.max_grad_norm", float),
     "optimizer": to("train.optimizer", optimizer),
@@ -131,11 +129,13 @@ _RULES: dict[str, Rule] = {
     "use_comet": lost("whet does not write to Comet"),
     "rl": with_others("method", "dpo, ipo, orpo, kto, grpo"),
     "reward_model": with_others("method", "reward"),
-    "rl_beta": to("preference.beta", float),
+    "rl_beta": to("preference.beta", float), "dpo_beta": to("preference.beta", float),
     "orpo_alpha": to("preference.beta", float),
     "kto_desirable_weight": to("preference.desirable_weight", float),
     "kto_undesirable_weight": to("preference.undesirable_weight", float),
     "dpo_label_smoothing": to("preference.label_smoothing", float),
+    "dpo_use_*": lost("whet's losses over pairs are in docs/preference.md"),
+    "dpo_norm_loss": lost("whet's losses over pairs are in docs/preference.md"),
     "rpo_alpha": lost("dpo has no plain loss beside it"),
     "trl.beta": to("grpo.beta", float),
     "trl.num_generations": to("grpo.num_generations", whole),
@@ -144,6 +144,7 @@ _RULES: dict[str, Rule] = {
     "trl.reward_funcs": to("grpo.reward", lambda value: [_function(name) for name in value]),
     "trl.use_vllm": lost("answers are sampled by transformers"),
     "trl.vllm_*": lost("answers are sampled by transformers"),
+    "s2_attention": lost("attention is the model's own"),
     "gradient_checkpointing*": moot("the planner decides what is recomputed (plan.policy)"),
     "flash_attention": moot("the engine chooses the attention"),
     "flash_attn_*": moot("the engine chooses the attention"),
@@ -167,6 +168,28 @@ _RULES: dict[str, Rule] = {
     "save_safetensors": moot("weights are always safetensors"),
     "device_map": moot("the planner decides"),
     "hf_use_auth_token": moot("the Hub's own login holds"),
+    "remove_unused_columns": moot("only the columns of the format are read"),
+    "dataloader_*": moot("rows are tokenised once and read from the cache"),
+    "tokenizer_config": lost("the model's own tokenizer is used"),
+    "base_model_config": lost("the model's own config is used"),
+    "tokenizer_legacy": moot("read from the tokenizer's config"),
+    "peft_layers_pattern": lost("adapters go on every layer"),
+    "lora_target_parameters": lost("adapters go on modules (lora.targets)"),
+    "embedding_lr*": lost("embeddings learn at train.learning_rate"),
+    "lr_groups": lost("all parameters learn at train.learning_rate"),
+    "lr_quadratic_warmup": lost("the warm-up is linear"),
+    "cosine_constant_lr_ratio": lost("the cosine ends at zero"),
+    "batch_size": lost("set train.batch_size"),
+    "auto_find_batch_size": moot("the planner finds the largest pass that fits"),
+    "save_only_model": moot("checkpoints can always be resumed"),
+    "save_strategy": moot("a checkpoint comes every train.checkpoint_steps and at the end"),
+    "save_first_step": moot("a checkpoint comes every train.checkpoint_steps and at the end"),
+    "eval_max_new_tokens": moot("see eval.max_new_tokens"),
+    "eval_table_size": moot("samples.md has answers of both models (eval.samples)"),
+    "eval_causal_lm_metrics": lost("whet measures perplexity and, with eval.exact_match, equal answers"),
+    "do_causal_lm_eval": lost("whet measures perplexity and, with eval.exact_match, equal answers"),
+    "include_tokens_per_second": moot("metrics.jsonl has tokens per second"),
+    "ddp*": lost("how processes share the work is not in the config"),
     "special_tokens": lost("the tokenizer's own are used; whet names a padding token itself"),
     "tokens": lost("the tokenizer's own are used"),
     "overrides_of_model_config": lost("the model's own config is used"),
@@ -188,11 +211,11 @@ def _function(name: str) -> str:
 def _together(reading: Reading) -> None:
     _set_method(reading)
     _set_parameters(reading)
-    _set_data(reading)
+    set_data(reading)
     # Rows of a pretraining set are always packed there.
     packed = bool(reading.get("sample_packing") or reading.get("pretraining_dataset"))
     set_batch(reading, "micro_batch_size", "sequence_len", packed)
-    set_warmup(reading)
+    set_warmup(reading, usual=(0.03, 100))
     set_place(reading)
     set_evaluation(reading)
     arguments = {
@@ -248,76 +271,13 @@ def _set_parameters(reading: Reading) -> None:
             reading.set("model.dtype", name)
 
 
-def _set_data(reading: Reading) -> None:
-    for key, ours in (
-        ("datasets", "data.train"),
-        ("pretraining_dataset", "data.train"),
-        ("test_datasets", "data.heldout"),
-    ):
-        given = reading.get(key) or []
-        sources = [
-            one if isinstance(one, dict) else {"path": one}
-            for one in (given if isinstance(given, list) else [given])
-        ]
-        paths = [path for one in sources for path in _paths(reading, key, one)]
-        if paths:
-            reading.set(ours, paths[0] if len(paths) == 1 else paths)
-        if ours == "data.train" and sources:
-            _set_format(reading, key, sources)
-    if "data.heldout" in reading.ours:
-        reading.ours.pop("data.heldout_fraction", None)
-
-
-def _paths(reading: Reading, key: str, source: dict[str, Any]) -> list[str]:
-    """Return a data set's files, or its id with the split behind it."""
-    for part in ("name", "shards", "revision"):
-        if source.get(part):
-            reading.lose(
-                f"{key}.{part}",
-                f"{part} {source[part]}: whet takes a Hub id with a split, or files",
-            )
-    if source.get("data_files"):
-        return names(source["data_files"])
-    path, split = str(source.get("path", "")), source.get("split")
-    on_hub = path.count("/") == 1 and "." not in path.rsplit("/", 1)[-1] and path[0] not in "./~"
-    return [f"{path}:{split}" if split and on_hub else path]
-
-
-def _set_format(reading: Reading, key: str, sources: list[dict[str, Any]]) -> None:
-    """Read the rows' layout; where the sets differ, whet looks at each file's first row."""
-    kinds = [source.get("type") for source in sources]
-    formats = {_FORMATS.get(kind) if isinstance(kind, str) else None for kind in kinds}
-    if len(formats) == 1 and (only := formats.pop()):
-        reading.set("data.format", only)
-    columns: dict[str, str] = {}
-    for source, kind in zip(sources, kinds, strict=True):
-        if isinstance(kind, dict):
-            for name in ("instruction", "input", "output", "system"):
-                if field := kind.get(f"field_{name}"):
-                    columns[name] = field
-            if kind.get("format"):
-                reading.lose(
-                    f"{key}.type.format",
-                    "prompts are made by the chat template (model.chat_template)",
-                )
-        elif isinstance(kind, str) and kind not in (*_FORMATS, "chat_template"):
-            reading.lose(f"{key}.type", f"{kind}: whet looks at the first row (data.format)")
-        if source.get("field"):
-            columns["text"] = source["field"]
-        if messages := source.get("field_messages"):
-            columns["conversations" if messages == "conversations" else "messages"] = messages
-        for part in ("roles_to_train", "train_on_eos", "message_field_training"):
-            if source.get(part) not in (None, ["assistant"], "turn"):
-                reading.lose(
-                    f"{key}.{part}", "the assistant's turns and the end of each are learned"
-                )
-    reading.set("data.columns", {k: v for k, v in columns.items() if k != v} or None)
-
-
 AXOLOTL = Dialect(
     "Axolotl",
     _RULES,
-    {"lr_scheduler": "cosine", "seed": 42, "num_epochs": 1, "micro_batch_size": 1},
+    {
+        "lr_scheduler": "cosine", "seed": 42, "num_epochs": 1, "micro_batch_size": 1,
+        "optimizer": "adamw_torch_fused",
+    },
     _together,
     sections={"trl": "trl.", "peft": "peft."},
-)
+)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,24 @@ _RULES: dict[str, Rule] = TRAINING | {
     "mask_history": lost("every turn of the assistant is learned"),
     "packing": with_others("train.batch_tokens", "whet always packs; see per_device_train_batch_size"),
     "neat_packing": moot("packed examples see only themselves"),
+    "media_dir": moot("whet trains language models"),
+    "buffer_size": moot("rows are shuffled as a whole"),
+    "ignore_pad_token_for_loss": moot("nothing is padded"),
+    "eval_on_each_dataset": lost("whet eval RUN --data FILE"),
+    "eval_num_beams": lost("whet samples, or takes the likeliest token"),
+    "infer_dtype": moot("weights are in model.dtype"),
+    "low_cpu_mem_usage": moot("the planner sees to the memory"),
+    "cache_dir": moot("the Hub's own settings hold (HF_HOME)"),
+    "offload_folder": moot("the planner sees to the memory"),
+    "use_fast_tokenizer": moot("read from the tokenizer's config"),
+    "split_special_tokens": lost("special tokens in the data are tokens"),
+    "new_special_tokens": lost("the tokenizer's own are used"),
+    "add_tokens": lost("the tokenizer's own are used"),
+    "shift_attn": lost("attention is the model's own"),
+    "mixture_of_depths": lost("the model's own layers are used"),
+    "moe_aux_loss_coef": lost("the model's own config is used"),
+    "hf_hub_token": moot("the Hub's own login holds"),
+    "compute_accuracy": lost("set eval.exact_match"),
     "streaming": to("data.streaming"),
     "preprocessing_num_workers": to("data.workers", whole),
     "preprocessing_batch_size": moot("rows are read one by one"),
@@ -119,7 +138,9 @@ def _together(reading: Reading) -> None:
     for key, ours in (("dataset", "data.train"), ("eval_dataset", "data.heldout")):
         if reading.get(key):
             _set_data(reading, key, ours)
-    packed = bool(reading.get("packing", reading.get("stage") == "pt"))
+    packed = bool(
+        reading.get("packing", reading.get("stage") == "pt") or reading.get("neat_packing")
+    )
     set_batch(reading, "per_device_train_batch_size", "cutoff_len", packed)
     set_warmup(reading)
     run_name = reading.ours.get("run.name")
@@ -156,7 +177,8 @@ def _set_parameters(reading: Reading) -> None:
             )
         reading.set("train.last_layers", layers)
     if kind == "lora":
-        reading.set("lora.alpha", float(reading.get("lora_alpha", 2 * reading.get("lora_rank"))))
+        rank = whole(reading.get("lora_rank"))
+        reading.set("lora.alpha", float(reading.get("lora_alpha", 2 * rank)))
     bits = reading.get("quantization_bit")
     if bits is not None and whole(bits) == 4:
         reading.set("model.load_in_4bit", True)
@@ -184,75 +206,113 @@ def _set_optimizer(reading: Reading) -> None:
         reading.set("train.optimizer_targets", None if wished == ["all"] else wished)
 
 
-# Their columns -> ours, by the layout of the rows.
+# Their columns -> ours, by the layout of the rows; and the columns that theirs are without a word.
 _COLUMNS = {
+    "pretrain": {"prompt": "text"},
     "alpaca": {
         "prompt": "instruction", "query": "input", "response": "output", "history": "history",
         "system": "system",
     },
     "sharegpt": {"messages": "conversations", "system": "system", "tools": "tools"},
-    "ranking": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
-    "kto": {"prompt": "prompt", "response": "completion", "kto_tag": "label"},
+    "ranking": {
+        "prompt": "prompt", "query": "input", "messages": "messages", "chosen": "chosen",
+        "rejected": "rejected", "system": "system", "tools": "tools",
+    },
+    "kto": {
+        "prompt": "prompt", "response": "completion", "messages": "messages", "kto_tag": "label",
+        "system": "system", "tools": "tools",
+    },
 }  # fmt: skip
-_NAMES = {
-    "prompt": "instruction",
-    "query": "input",
-    "response": "output",
-    "messages": "conversations",
-}
+_USUAL = {"prompt": "instruction", "query": "input", "response": "output"}
+# What names a turn's parts and roles; whet reads all of these.
+_TAGS = {
+    "role_tag": ("from", "role"), "content_tag": ("value", "content"), "user_tag": ("human", "user"),
+    "assistant_tag": ("gpt", "assistant", "bot", "model"), "system_tag": ("system", "developer"),
+    "observation_tag": ("observation", "tool", "function"), "function_tag": ("function_call",),
+}  # fmt: skip
+_ENTRY = (
+    "hf_hub_url", "file_name", "formatting", "ranking", "columns", "tags", "split", "num_samples",
+)  # fmt: skip
 
 
 def _set_data(reading: Reading, key: str, ours: str) -> None:
     """Look the sets up in dataset_info.json, where that file can be found."""
-    told = _dataset_info(reading)
-    places, columns = [], {}
+    told, why_not = _dataset_info(reading)
+    places, maps = [], []
     for name in names(reading.get(key)):
-        entry = told.get(name) if told is not None else None
-        if entry is None:
-            where = "which was not found" if told is None else "which does not have it"
+        entry = told.get(name)
+        if not isinstance(entry, dict):
             reading.lose(
                 key,
-                f"'{name}' is explained by dataset_info.json, {where}: set {ours} to its file or Hub id",
+                f"'{name}' is explained by dataset_info.json, {why_not}: set {ours} to a file or Hub id",
             )
             places.append(name)
             continue
-        folder = str(reading.get("dataset_dir", "data"))
-        if not (entry.get("hf_hub_url") or entry.get("file_name")):
-            reading.lose(key, f"'{name}' is made by a script or comes from another hub: set {ours}")
-        places.append(entry.get("hf_hub_url") or f"{folder}/{entry.get('file_name', name)}")
-        columns |= _columns(entry, reading.get("stage") == "kto")
+        places.append(_place(reading, key, name, entry))
+        maps.append(_columns(reading, name, entry))
     reading.set(ours, places[0] if len(places) == 1 else places)
-    if ours == "data.train":
-        reading.set("data.columns", columns or None)
+    if ours != "data.train":
+        return
+    if any(one != maps[0] for one in maps):
+        reading.lose(
+            key, "the sets name their columns differently, and data.columns is for all of them"
+        )
+    if len(places) > 1 and reading.get("max_samples"):
+        reading.lose(
+            "max_samples", "counts the rows of each set there, and data.max_rows those of all"
+        )
+    reading.set("data.columns", {k: v for one in maps for k, v in one.items()} or None)
 
 
-def _columns(entry: dict[str, Any], kto: bool) -> dict[str, str]:
+def _place(reading: Reading, key: str, name: str, entry: dict[str, Any]) -> str:
+    """Return a set's file or Hub id, with its split and number of rows, and tell what else it says."""
+    for part in entry:
+        if part not in _ENTRY and not (part.endswith("_hub_url") and "hf_hub_url" in entry):
+            reading.lose(f"{name}.{part}", "whet takes a Hub id with a split, or files")
+    if hub := entry.get("hf_hub_url"):
+        place = f"{hub}:{entry['split']}" if entry.get("split") else hub
+    else:
+        if not entry.get("file_name"):
+            reading.lose(
+                key, f"'{name}' is made by a script or comes from another hub: set data.train"
+            )
+        folder = str(reading.get("dataset_dir", "data"))
+        place = posixpath.normpath(f"{folder}/{entry.get('file_name', name)}")
+    return f"{place}#{entry['num_samples']}" if entry.get("num_samples") else place
+
+
+def _columns(reading: Reading, name: str, entry: dict[str, Any]) -> dict[str, str]:
     """Return our column map of one set: only what differs from the format's own names."""
-    given = entry.get("columns", {})
-    layout = (
-        "ranking" if entry.get("ranking") else "kto" if kto else entry.get("formatting", "alpaca")
-    )
-    tags = entry.get("tags", {})
-    found = {}
-    for theirs, ours in _COLUMNS.get(layout, {}).items():
-        column = given.get(theirs) or (_NAMES.get(theirs) if layout in ("ranking", "kto") else None)
-        if layout == "sharegpt" and theirs == "messages" and tags.get("role_tag") == "role":
-            ours = "messages"
-        if column and column != ours and not (layout == "alpaca" and column == "text"):
-            found[ours] = column
-    return found
+    kind = str(entry.get("formatting", "alpaca"))
+    given, tags = entry.get("columns", {}), entry.get("tags", {})
+    layout = {"pt": "pretrain", "kto": "kto"}.get(str(reading.get("stage")), kind)
+    layout = "ranking" if entry.get("ranking") else layout
+    table = dict(_COLUMNS.get(layout, {}))
+    if layout == "sharegpt" and tags.get("role_tag") == "role":
+        table["messages"] = "messages"
+    usual = _USUAL if kind == "alpaca" and layout != "alpaca" and not given else {}
+    for tag, value in tags.items():
+        if value not in _TAGS.get(tag, ()):
+            reading.lose(f"{name}.{tag}", f"{value}: whet does not know it (data.formatting)")
+    for column in given:
+        if column not in table:
+            reading.lose(f"{name}.{column}", "rows of this kind have no such column here")
+    found = {ours: given.get(theirs) or usual.get(theirs) for theirs, ours in table.items()}
+    return {ours: column for ours, column in found.items() if column and column != ours}
 
 
-def _dataset_info(reading: Reading) -> dict[str, Any] | None:
+def _dataset_info(reading: Reading) -> tuple[dict[str, Any], str]:
+    """Return what dataset_info.json holds, and the words for a set that it does not explain."""
     folder = Path(str(reading.get("dataset_dir", "data")))
     for place in (folder, reading.folder / folder, reading.folder):
         file = place / "dataset_info.json"
         if file.is_file():
             try:
-                return json.loads(file.read_text(encoding="utf-8"))
+                found = json.loads(file.read_text(encoding="utf-8"))
             except (json.JSONDecodeError, UnicodeDecodeError):
-                return None
-    return None
+                return {}, "which is not JSON"
+            return (found, "which does not have it") if isinstance(found, dict) else ({}, "a list")
+    return {}, "which was not found"
 
 
 LLAMA_FACTORY = Dialect(

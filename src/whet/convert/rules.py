@@ -16,6 +16,10 @@ from typing import Any
 from whet.errors import InputError
 
 
+class Refused(ValueError):
+    """Why a value of theirs, valid as it is, has no like here."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """What becomes of one key.
@@ -23,7 +27,7 @@ class Rule:
     Args:
         to: Our key, or several with commas between; empty when there is none.
         why: Why there is none, or what is different about ours.
-        read: Their value -> ours. It raises ValueError with the reason when ours cannot be that, and
+        read: Their value -> ours. It raises Refused with the reason when ours cannot be that, and
             returns None for our default.
         moot: Nothing is lost without it.
         together: The dialect's function reads it, with others.
@@ -131,14 +135,14 @@ def steps(value: Any) -> int | None:
     if float(value) <= 0:
         return None
     if float(value) < 1:
-        raise ValueError(f"{value} is a share of the steps; whet counts steps")
+        raise Refused(f"{value} is a share of the steps; whet counts steps")
     return whole(value)
 
 
 def share(value: Any) -> float | None:
     """Read a share of rows; a count is refused."""
     if float(value) > 0.5:
-        raise ValueError(f"{value}: whet sets a share of at most 0.5 aside, not a number of rows")
+        raise Refused(f"{value}: whet sets a share of at most 0.5 aside, not a number of rows")
     return float(value) or None
 
 
@@ -159,7 +163,7 @@ def one_of(table: Mapping[str, Any]) -> Callable[[Any], Any]:
 
     def read(value: Any) -> Any:
         if str(value).lower() not in table:
-            raise ValueError(f"'{value}' is none that whet has ({', '.join(sorted(table))})")
+            raise Refused(f"'{value}' is none that whet has ({', '.join(sorted(table))})")
         return table[str(value).lower()]
 
     return read
@@ -206,7 +210,7 @@ def trackers(value: Any) -> list[str] | None:
     """Read the names of trackers; all that whet does not have are refused."""
     found = [name for name in names(value) if name not in ("none", "all")]
     if unknown := [n for n in found if n not in ("tensorboard", "wandb", "trackio", "mlflow")]:
-        raise ValueError(f"whet does not write to {unknown[0]}; metrics.jsonl is always written")
+        raise Refused(f"whet does not write to {unknown[0]}; metrics.jsonl is always written")
     return found or None
 
 
@@ -243,27 +247,44 @@ def set_batch(reading: Reading, rows_key: str, length_key: str, packed: bool) ->
         reading.set("train.batch_size", rows)
 
 
-def set_warmup(reading: Reading) -> None:
-    """Make warmup_steps of a number or, where the steps are known, of a share."""
+def set_warmup(reading: Reading, usual: tuple[float, int] = (0.0, 0)) -> None:
+    """Make warmup_steps of a number or, where the steps are known, of a share.
+
+    Args:
+        reading: Their config.
+        usual: The share of the steps that is warm-up when their file is silent, and the most of them.
+    """
     given, num_steps = float(reading.get("warmup_steps", 0)), reading.get("max_steps")
     # transformers 5 takes a share in `warmup_steps`, too.
-    ratio = given if 0 < given < 1 else reading.get("warmup_ratio")
+    ratio = (given or float(reading.get("warmup_ratio", 0))) if given < 1 else 0.0
+    silent = "warmup_steps" not in reading.theirs and "warmup_ratio" not in reading.theirs
+    most = None
+    if silent and usual[0]:
+        ratio, most = usual
+    known = whole(num_steps) if num_steps and float(num_steps) > 0 else None
     if not ratio:
         reading.set("train.warmup_steps", whole(given))
-    elif num_steps and num_steps > 0:
-        reading.set("train.warmup_steps", round(float(ratio) * num_steps))
+    elif known:
+        wanted = round(ratio * known)
+        reading.set("train.warmup_steps", min(wanted, most) if most else wanted)
     else:
+        limit = f", at most {most}" if most else ""
         reading.lose(
             "warmup_ratio",
-            f"whet counts steps: set train.warmup_steps to {ratio:g} of those that `whet plan` shows",
+            f"whet counts steps: set train.warmup_steps to {ratio:g} of those that `whet plan` "
+            f"shows{limit}",
         )
 
 
 def set_evaluation(reading: Reading) -> None:
     """Measure during training only where rows are held out and the steps between are known."""
     heldout = "data.heldout" in reading.ours or "data.heldout_fraction" in reading.ours
-    every = reading.get("eval_steps")
-    if every is not None and heldout and str(reading.get("eval_strategy", "steps")) == "steps":
+    every, when = reading.get("eval_steps"), str(reading.get("eval_strategy", "steps"))
+    if heldout and when not in ("steps", "no", "False"):
+        reading.lose("eval_strategy", f"{when}: whet measures every eval.steps, and at the end")
+    elif every is not None and not heldout:
+        reading.moot.append(("eval_steps", "no rows are held out"))
+    elif every is not None and when == "steps":
         try:
             reading.set("eval.steps", steps(every))
         except ValueError as error:

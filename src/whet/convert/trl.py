@@ -59,7 +59,7 @@ _RULES: dict[str, Rule] = TRAINING | {
     "padding_free": moot("nothing is padded"),
     "pad_to_multiple_of": moot("nothing is padded"),
     "eval_packing": moot("examples are always packed, and see only themselves"),
-    "assistant_only_loss": moot("the assistant's turns are learned (data.loss_on)"),
+    "assistant_only_loss": with_others("data.loss_on", "false: every token of conversations"),
     "completion_only_loss": moot("the answer is learned (data.loss_on)"),
     "beta": with_others("method, preference.beta, grpo.beta"),
     "loss_type": with_others("method, preference.loss_type"),
@@ -99,6 +99,8 @@ def _together(reading: Reading) -> None:
         reading.set("preference.loss_type", kind or None)
     elif kind not in ("", "nll", "chunked_nll"):
         reading.lose("loss_type", f"{kind}: the loss is the plain one")
+    if "method" not in reading.ours:
+        _set_loss(reading)
     name, split = reading.get("dataset_name"), reading.get("dataset_train_split")
     reading.set("data.train", f"{name}:{split}" if name and split else name)
     if name and str(reading.get("eval_strategy", "no")) != "no":
@@ -109,6 +111,19 @@ def _together(reading: Reading) -> None:
     set_place(reading)
     reading.set("run.name", run_name)
     set_evaluation(reading)
+
+
+def _set_loss(reading: Reading) -> None:
+    """Say what is learned of a conversation: all of it in trl, unless the key says otherwise."""
+    only = reading.get("assistant_only_loss")
+    if only is False:
+        reading.set("data.loss_on", "all")
+    elif only is None:
+        reading.lose(
+            "assistant_only_loss",
+            "left out, trl learns every token of a conversation, and whet the assistant's turns: "
+            "data.loss_on: all for the former",
+        )
 
 
 TRL = Dialect(

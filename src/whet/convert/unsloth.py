@@ -70,7 +70,7 @@ _RULES: dict[str, Rule] = TRAINING | {
         "data.columns", lambda value: None if value == "text" else {"text": value}
     ),
     "chat_template": to("model.chat_template"),
-    "train_on_completions": with_others("data.loss_on", "false: every token"),
+    "train_on_completions": with_others("data.loss_on", "false, or left out: every token"),
     "dataset_num_proc": to("data.workers", whole),
     "packing": with_others("train.batch_tokens", "whet always packs; see batch_size"),
     "batch_size": with_others(
@@ -102,14 +102,19 @@ def _together(reading: Reading) -> None:
     kind = str(
         reading.get("training_type", "full" if reading.get("full_finetuning") else "lora")
     ).lower()
-    if kind not in ("lora", "full"):
-        raise fatal("training_type", kind, "whet has lora and full")
-    reading.set("train.parameters", kind)
+    if kind not in ("lora", "qlora", "full"):
+        raise fatal("training_type", kind, "whet has lora, qlora and full")
+    reading.set("train.parameters", kind.removeprefix("q"))
+    if kind == "qlora":
+        reading.set("model.load_in_4bit", True)
+    # The command line's rank; get_peft_model has another.
+    if kind != "full":
+        reading.ours.setdefault("lora.rank", 16 if "model_name" in reading.theirs else 64)
     if kind == "full":
         reading.ours.pop("model.load_in_4bit", None)
     if str(reading.get("format_type", "")).lower() == "raw":
         reading.set("method", "pretrain")
-    elif reading.get("train_on_completions") is False:
+    elif not reading.get("train_on_completions"):
         reading.set("data.loss_on", "all")
     files = reading.get("local_dataset") or reading.get("dataset")
     reading.set("data.train", files[0] if isinstance(files, list) and len(files) == 1 else files)
@@ -129,6 +134,7 @@ UNSLOTH = Dialect(
     {
         "load_in_4bit": True, "max_seq_length": 2048, "warmup_steps": 5, "learning_rate": 2e-4,
         "random_seed": 3407, "weight_decay": 0.01, "gradient_accumulation_steps": 4, "batch_size": 2,
+        "lora_alpha": 16, "num_epochs": 3,
     },
     _together,
     sections={"data": "", "training": "", "lora": "", "logging": ""},
