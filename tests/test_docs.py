@@ -4,7 +4,9 @@ import ast
 import re
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -55,6 +57,34 @@ def test_pages_load_nothing_from_another_host(site):
     ]
 
 
+def test_every_link_of_the_site_leads_to_a_page_and_a_place_on_it(site):
+    link = re.compile(r"""<[a-z]+\b[^>]*?\s(?:href|src)=(?:"([^"]*)"|([^\s>"]+))""")
+    place = re.compile(r"""\s(?:id|name)=(?:"([^"]*)"|([^\s>"]+))""")
+    pages = {page: page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
+    places = {page: {a or b for a, b in place.findall(text)} for page, text in pages.items()}
+    broken = set()
+    for page, text in pages.items():
+        if page.name == "404.html":  # its links begin at a server's root
+            continue
+        for target in {a or b for a, b in link.findall(text)}:
+            path, _, mark = unquote(unescape(target)).partition("#")
+            if re.match(r"[a-z]+:", path):
+                continue
+            to = (page.parent / path).resolve() if path else page
+            if not to.exists() or (mark and to in places and mark not in places[to]):
+                broken.add(f"{page.relative_to(site)}: {target}")
+    assert broken == set()
+
+
+def test_links_of_the_front_pages_lead_to_files():
+    for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        links = [
+            t.partition("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in t
+        ]
+        assert [t for t in links if t and not (ROOT / page).parent.joinpath(t).exists()] == [], page
+
+
 def test_the_arabic_page_runs_from_right_to_left(site):
     page = (site / "ar" / "index.html").read_text()
     assert '<html lang="ar"' in page and '<body dir="rtl"' in page
@@ -65,7 +95,7 @@ def test_the_arabic_page_runs_from_right_to_left(site):
 
 def test_diagrams_are_in_their_page_with_its_colours(site):
     page = (site / "how-it-works.html").read_text()
-    assert page.count("<svg xmlns") == len(list((DOCS / "diagrams").glob("*.svg"))) == 4
+    assert page.count('class="drawing"') == len(list((DOCS / "diagrams").glob("*.svg"))) == 4
     assert 'src="diagrams/' not in page and '"#ffffff"' not in page
     names = re.findall(r'id="((?:batch|layer|planner|parity)-[tda])"', page)
     assert len(names) == len(set(names)) == 12, "names of one drawing are not another's"
