@@ -36,8 +36,9 @@ COLOURS = {
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put pages that the menu of mkdocs.yml does not name behind the guides, by their own titles."""
-    named = set(_pages(config.nav))
-    guides = next(item["How to"] for item in config.nav if "How to" in item)
+    menu = config.nav or []
+    named = set(_pages(menu))
+    guides = next(item["How to"] for item in menu if "How to" in item)
     for file in sorted(DOCS.glob("*.md")):
         if file.name not in named:
             title = file.read_text(encoding="utf-8").split("\n", 1)[0]
