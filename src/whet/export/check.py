@@ -84,7 +84,7 @@ class Gate:
         kind: Its type, such as `bf16` or `q4_k_m`.
         findings: The comparisons.
         answers: Greedy answers side by side: prompt, live, exported.
-        scores: Numbers: max_error, kl, perplexity, live_perplexity.
+        scores: Numbers: max_error, bound, kl, perplexity, reference_perplexity.
     """
 
     file: str
