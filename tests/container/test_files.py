@@ -138,9 +138,9 @@ def test_the_entrypoint_reads_these_settings_and_no_other():
     assert 'os.environ.get("JUPYTER_PASSWORD", "")' in script
 
 
-def test_all_is_every_extra_but_those_of_development():
+def test_all_is_every_extra_but_those_of_development_and_one_that_must_be_built():
     _, extras, names = dependencies()
-    assert set(names) == set(extras) - {"all", "test", "docs"}
+    assert set(names) == set(extras) - {"all", "test", "docs", "deepspeed"}
 
 
 def test_what_pip_would_take_the_newest_of_is_pinned():

@@ -1,5 +1,6 @@
 """Starting processes: who is asked, what ends them, and what is said of it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -114,11 +115,11 @@ def command(tiny_model, rows_file, tmp_path):
         )
     )
 
-    def start(*options, python=("-m", "whet"), before=()):
+    def start(*options, python=("-m", "whet"), before=(), stderr=subprocess.STDOUT):
         return subprocess.Popen(
             [*before, sys.executable, *python, "train", str(file), *options],
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=stderr,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
@@ -257,6 +258,16 @@ def test_two_machines_meet_and_train_together(command):
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_processes_answer_a_pipeline_with_one_object(command):
+    process = command("--nproc", "2", "--json", stderr=subprocess.PIPE)
+    out, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    summary = json.loads(out)
+    assert summary["steps"] == 6 and summary["status"] == "done"
+    assert "step 6/6" in told
+    assert command.run.report["processes"] == 2
 
 
 def test_ports_and_hosts_that_are_wrong_are_said(command):

@@ -189,7 +189,7 @@ _RULES: dict[str, Rule] = {
     "eval_causal_lm_metrics": lost("whet measures perplexity and, with eval.exact_match, equal answers"),
     "do_causal_lm_eval": lost("whet measures perplexity and, with eval.exact_match, equal answers"),
     "include_tokens_per_second": moot("metrics.jsonl has tokens per second"),
-    "ddp*": lost("how processes share the work is not in the config"),
+    "ddp*": lost("whet train CONFIG --nproc N --strategy ddp"),
     "special_tokens": lost("the tokenizer's own are used; whet names a padding token itself"),
     "tokens": lost("the tokenizer's own are used"),
     "overrides_of_model_config": lost("the model's own config is used"),
@@ -197,9 +197,9 @@ _RULES: dict[str, Rule] = {
     "neftune_noise_alpha": lost("noise on embeddings is not here"),
     "noisy_embedding_alpha": lost("noise on embeddings is not here"),
     "hub_*": lost("whet export RUN --push REPO"),
-    "deepspeed": lost("how processes share the work is not in the config"),
-    "fsdp*": lost("how processes share the work is not in the config"),
-    "sequence_parallel_degree": lost("how processes share the work is not in the config"),
+    "deepspeed": lost("whet train CONFIG --nproc N --strategy deepspeed"),
+    "fsdp*": lost("whet train CONFIG --nproc N --strategy fsdp"),
+    "sequence_parallel_degree": lost("processes share examples, not one sequence"),
 }  # fmt: skip
 
 

@@ -361,8 +361,8 @@ TRAINING: dict[str, Rule] = {
     "neftune_noise_alpha": lost("noise on embeddings is not here"),
     "label_smoothing_factor": lost("label smoothing of the loss is not here"),
     "lr_scheduler_kwargs": lost("schedules have no settings here"),
-    "deepspeed": lost("how processes share the work is not in the config"),
-    "fsdp*": lost("how processes share the work is not in the config"),
+    "deepspeed": lost("whet train CONFIG --nproc N --strategy deepspeed"),
+    "fsdp*": lost("whet train CONFIG --nproc N --strategy fsdp"),
     "push_to_hub": lost("whet export RUN --push REPO"),
     "hub_*": lost("whet export RUN --push REPO"),
 }

@@ -6,6 +6,7 @@ The names in `parallel.strategy` become calls of torch, transformers and acceler
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,8 @@ def join_world(config: Config) -> World:
     """
     size = size_in_environment() or 1
     strategy, on_cuda = config.parallel.strategy, torch.cuda.is_available()
+    if not on_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
     if size > 1 and on_cuda and not torch.distributed.is_nccl_available():
         raise InputError(
             "this torch has no NCCL, through which GPUs talk to each other", torch.__version__,
