@@ -82,7 +82,22 @@ def base_config(tiny_model, rows_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(base_config):
+def single(tiny_model, tmp_path_factory):
+    """What each run of one process changes, by its name."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(1)
+    # Heads and a vocabulary that four processes can share.
+    shape = AutoConfig.from_pretrained(tiny_model, num_key_value_heads=4, vocab_size=304)
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return {**SINGLE, "wide": {**FULL, "model.name": str(folder)}}
+
+
+@pytest.fixture(scope="module")
+def alone(base_config, single):
     """The runs of one process."""
     from whet.train import callbacks, recipe
 
@@ -91,12 +106,12 @@ def alone(base_config):
         patch.setattr(callbacks, "forget_peak_memory", lambda: 0)
         return {
             name: fit(settings(base_config, f"alone-{name}", changes), listener=LogListener())
-            for name, changes in SINGLE.items()
+            for name, changes in single.items()
         }
 
 
 @pytest.fixture(scope="module")
-def together(base_config, tmp_path_factory):
+def together(base_config, single, tmp_path_factory):
     """The runs of two processes, one after another in one group."""
 
     def job(name, changes, **more):
@@ -114,7 +129,7 @@ def together(base_config, tmp_path_factory):
         job("fsdp-lora", {"parallel.strategy": "fsdp"}),
         job("fsdp-nf4", {**NF4, "parallel.strategy": "fsdp"}),
         job("fsdp-full", {**FULL, "parallel.strategy": "fsdp"}),
-        job("tp-full", {**FULL, "parallel.strategy": "tp"}),
+        job("tp-wide", {**single["wide"], "parallel.strategy": "tp"}),
         # A run of DDP that goes on spread over the processes.
         job("half", {**FULL, "parallel.strategy": "ddp"}),
         job("half", {**FULL, "parallel.strategy": "fsdp"}, resume=True, forget=last("half")),
@@ -146,21 +161,7 @@ def deepspeed(base_config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def four_heads(tiny_model, tmp_path_factory):
-    """The tiny model with heads for four processes."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    torch.manual_seed(1)
-    shape = AutoConfig.from_pretrained(tiny_model, num_key_value_heads=4)
-    folder = tmp_path_factory.mktemp("models") / "four-heads"
-    AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    return {**FULL, "model.name": str(folder)}
-
-
-@pytest.fixture(scope="module")
-def four(base_config, together, four_heads, tmp_path_factory):
+def four(base_config, together, single, tmp_path_factory):
     """The runs of four processes, among them one that goes on with what two have saved."""
     runs = Path(base_config["run"]["dir"])
     shutil.copytree(runs / "ddp-full", runs / "two-then-four")
@@ -172,19 +173,17 @@ def four(base_config, together, four_heads, tmp_path_factory):
     jobs = [
         job("ddp-4", {"parallel.strategy": "ddp"}),
         job("fsdp-4", {"parallel.strategy": "fsdp"}),
-        job("tp-4", {**four_heads, "parallel.strategy": "tp"}),
+        job("tp-4", {**single["wide"], "parallel.strategy": "tp"}),
         job("two-then-four", {**FULL, "parallel.strategy": "fsdp"}, resume=True),
     ]
     return start(tmp_path_factory.mktemp("jobs"), jobs, nproc=4)
 
 
 @pytest.mark.slow
-def test_losses_of_four_processes_are_those_of_one(alone, four, four_heads, base_config, quick):
-    for name in ("ddp-4", "fsdp-4"):
-        assert four[name]["losses"] == pytest.approx(losses(alone["lora"]), abs=1e-5)
+def test_losses_of_four_processes_are_those_of_one(alone, four):
+    for name, like in (("ddp-4", "lora"), ("fsdp-4", "lora"), ("tp-4", "wide")):
+        assert four[name]["losses"] == pytest.approx(losses(alone[like]), abs=1e-5)
         assert four[name]["report"]["processes"] == 4
-    like = fit(settings(base_config, "four-heads", four_heads), listener=LogListener())
-    assert four["tp-4"]["losses"] == pytest.approx(losses(like), abs=1e-5)
 
 
 @pytest.mark.slow
@@ -238,7 +237,7 @@ def norms(run):
         ("ddp-rows", "rows"),  # fewer rows than processes: one of them has none
         ("fsdp-lora", "lora"),
         ("fsdp-full", "full"),
-        ("tp-full", "full"),
+        ("tp-wide", "wide"),
         ("ddp-nf4", "nf4"),
         ("fsdp-nf4", "nf4"),
     ],
@@ -249,9 +248,9 @@ def test_losses_of_two_processes_are_those_of_one(alone, together, name, like):
 
 
 def test_the_tuned_model_of_two_processes_measures_as_that_of_one(alone, together):
-    for name in ("ddp", "fsdp", "tp"):
-        found = together[f"{name}-full"]["report"]["evaluation"]
-        like = alone["full"].report["evaluation"]
+    for name in ("ddp-full", "fsdp-full", "tp-wide"):
+        found = together[name]["report"]["evaluation"]
+        like = alone[name.partition("-")[2]].report["evaluation"]
         for part in ("base", "tuned"):
             assert found[part]["loss"] == pytest.approx(like[part]["loss"], abs=1e-5)
 
@@ -289,8 +288,10 @@ def test_four_bit_weights_are_spread_too(together):
     assert here * 2 == whole
 
 
-@pytest.mark.parametrize("name", ["ddp-lora", "fsdp-lora", "fsdp-full", "tp-full"])
-def test_one_process_goes_on_with_a_checkpoint_of_two(alone, together, base_config, name, quick):
+@pytest.mark.parametrize("name", ["ddp-lora", "fsdp-lora", "fsdp-full", "tp-wide"])
+def test_one_process_goes_on_with_a_checkpoint_of_two(
+    alone, together, single, base_config, name, quick
+):
     """Its folder is the one that a single process would have written."""
     like = name.partition("-")[2]
     assert together[name]["losses"]
@@ -301,11 +302,11 @@ def test_one_process_goes_on_with_a_checkpoint_of_two(alone, together, base_conf
         f for f in alone_files if f in found or f != "training_args.bin"
     ]
     shutil.rmtree(folder / "checkpoints/step-6")
-    changes = {**SINGLE[like], "parallel.strategy": "auto"}
+    changes = {**single[like], "parallel.strategy": "auto"}
     run = fit(settings(base_config, name, changes), resume=True, listener=LogListener())
     assert losses(run) == pytest.approx(losses(alone[like]), abs=1e-5)
 
 
 def test_the_engine_says_where_it_stands_aside(together):
-    assert "cuts each matrix" in together["tp-full"]["report"]["engine"]["stands_aside"]
+    assert "cuts each matrix" in together["tp-wide"]["report"]["engine"]["stands_aside"]
     assert together["fsdp-full"]["report"]["engine"]["layers_fused"] == 2

@@ -167,7 +167,7 @@ def make_for_tensor_parallel(
     """
     made, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
     settings = {k: v for k, v in settings.items() if k not in ("fused", "weight_decay")}
-    return made(_two_groups(model, args, set(decayed)), foreach=False, **settings)
+    return made(_two_groups(model, args, set(decayed)), **{**settings, "foreach": False})
 
 
 def _two_groups(model: nn.Module, args: TrainingArguments, decayed: set[str]) -> list[Any]:

@@ -7,7 +7,7 @@ into pieces again, one at a time: FSDP2's and tensor parallel's are DTensors, De
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,6 +52,21 @@ def _no_reduction(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_requires_gradient_sync(True)
+
+
+def clip_gradients_(parameters: Iterable[torch.Tensor], most: float) -> torch.Tensor:
+    """Scale gradients, of which some are cut, to a norm of at most `most`; return the norm they had.
+
+    transformers 5.17 counts a gradient that every process has whole once for each of them.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack(whole))
+    scale = (most / (total + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale)
+    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +124,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
         whole: torch.Tensor = tensor.full_tensor()
         return whole.detach().cpu()
     if hasattr(tensor, "ds_id"):  # ZeRO 3
-        import deepspeed
+        import deepspeed  # type: ignore[import-not-found]
 
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().cpu().clone()
@@ -152,7 +167,9 @@ def load_optimizer_state(trainer: WhetTrainer, folder: str) -> None:
 
 def _gather_deepspeed(trainer: WhetTrainer) -> dict[str, Any]:
     """Return AdamW's or SGD's state as torch writes it, from DeepSpeed's flat pieces."""
-    from deepspeed.utils import safe_get_full_optimizer_state
+    from deepspeed.utils import (  # type: ignore[import-not-found]
+        safe_get_full_optimizer_state,
+    )
 
     _link_states(trainer)
     flat = _flat_states(trainer)
@@ -187,7 +204,9 @@ def _plain_groups(trainer: WhetTrainer) -> list[dict[str, Any]]:
 
 def _load_deepspeed(trainer: WhetTrainer, kept: dict[str, Any]) -> None:
     """Put a state that torch wrote into DeepSpeed's flat pieces, which are not made before a step."""
-    from deepspeed.utils import safe_set_full_optimizer_state
+    from deepspeed.utils import (  # type: ignore[import-not-found]
+        safe_set_full_optimizer_state,
+    )
 
     zero = _zero_of(trainer)
     for piece in _flat_pieces(trainer):

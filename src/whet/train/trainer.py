@@ -35,6 +35,7 @@ from whet.train.checkpoints import (
 from whet.train.meter import Meter
 from whet.train.optimizers import make_for_tensor_parallel, make_optimizer, turn_optimizer
 from whet.train.randoms import load_random_state
+from whet.train.shards import clip_gradients_
 from whet.train.steps import StepSettings, StepTrainer
 from whet.train.strategy import strategy_arguments
 from whet.train.survive import (
@@ -135,6 +136,11 @@ class WhetTrainer(StepTrainer):
             self.parameter_groups = [list(group["params"]) for group in optimizer.param_groups]
             step_again_when_out_of_memory_(optimizer, self._tell_of_the_optimizer)
         return optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.shards is not None and self.shards.kind == "tp":
+            return clip_gradients_(model.parameters(), self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the rows of a step, timed."""
