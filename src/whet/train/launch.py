@@ -301,7 +301,9 @@ def _write_record(file: Path, error: Exception, code: int, lost: bool) -> None:
     text = str(error) if isinstance(error, WhetError) else f"{type(error).__name__}: {error}"
     if lost:
         text = f"it lost another process ({text.splitlines()[0]})"
-    about = {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time()))}
+    # torchrun prints it; a wrong config needs no stack.
+    stack = text if isinstance(error, WhetError) else traceback.format_exc()
+    about = {"py_callstack": stack, "timestamp": str(int(time.time()))}
     message = {"message": text, "errorCode": code, "extraInfo": about}
     record = {"message": message, "whet": {"text": text, "exit_code": code, "lost": lost}}
     file.write_text(json.dumps(record), encoding="utf-8")
