@@ -133,6 +133,8 @@ def together(base_config, single, tmp_path_factory):
         # A run of DDP that goes on spread over the processes.
         job("half", {**FULL, "parallel.strategy": "ddp"}),
         job("half", {**FULL, "parallel.strategy": "fsdp"}, resume=True, forget=last("half")),
+        job("again", {"parallel.strategy": "ddp"}),
+        job("again", {"parallel.strategy": "ddp"}, resume=True, forget=last("again")),
     ]
     return start(tmp_path_factory.mktemp("jobs"), jobs)
 
@@ -265,6 +267,7 @@ def test_memory_that_runs_out_in_one_process_has_both_step_again(alone, together
 
 def test_a_run_of_two_processes_goes_on_as_it_would_have(alone, together):
     assert together["half"]["losses"] == pytest.approx(losses(alone["full"]), abs=1e-5)
+    assert together["again"]["losses"] == pytest.approx(losses(alone["lora"]), abs=1e-5)
 
 
 def test_only_the_first_process_writes_reports_and_each_its_own_figures(alone, together):

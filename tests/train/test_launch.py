@@ -14,7 +14,7 @@ import yaml
 from whet.config_file import load_config
 from whet.errors import InputError
 from whet.runs import RunFolder
-from whet.train.launch import Launch, as_launched, must_start
+from whet.train.launch import Launch, _has_lost_another, as_launched, must_start
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
 MEANT = {
@@ -92,6 +92,20 @@ def test_accelerate_really_leaves_that_trace(monkeypatch):
         monkeypatch.setenv(key, value)
     with pytest.raises(InputError, match="has started one"):
         must_start(Launch())
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+        (RuntimeError("NCCL communicator was aborted on rank 1"), True),
+        (RuntimeError("Broken pipe: recvValue failed on SocketImpl"), True),
+        (RuntimeError("don't know how to restore data location"), False),
+        (ValueError("Connection closed"), False),
+    ],
+)
+def test_an_error_of_its_own_is_told_from_the_loss_of_another(error, lost):
+    assert _has_lost_another(error) is lost
 
 
 # --- real processes -----------------------------------------------------------------------------------

@@ -148,15 +148,20 @@ def load_optimizer(trainer: WhetTrainer, folder: str | None, load: Callable[[str
     """
     if folder is None:
         return
-    if trainer.shards is not None:
-        load_optimizer_state(trainer, folder)
+    assert trainer.optimizer is not None
+    if trainer.world.size > 1:
         kept = torch.load(f"{folder}/scheduler.pt", map_location="cpu", weights_only=True)
         scheduler: Any = trainer.lr_scheduler
         scheduler.load_state_dict(kept)
+    if trainer.shards is not None:
+        load_optimizer_state(trainer, folder)
         return
     with state_loading(trainer.whet_config.train.optimizer):
-        load(folder)
-    assert trainer.optimizer is not None
+        if trainer.world.size == 1:
+            load(folder)
+        else:  # transformers 5.17 would load it to `cpu:0`, a place that torch does not know
+            kept = torch.load(f"{folder}/optimizer.pt", map_location="cpu", weights_only=True)
+            trainer.optimizer.load_state_dict(kept)
     move_state_(trainer.optimizer)
     outside = Path(folder) / OUTSIDE
     if outside.is_file():

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 # What a process says that lost another one: torch's words, gloo's and NCCL's.
-_LOST = ("gloo", "nccl", "connection closed", "connection reset", "socket", "broken pipe", "store")
+_LOST = re.compile(
+    r"\b(gloo|nccl|connection (closed|reset)|socket|broken pipe|(tcp)?store)\b", re.IGNORECASE
+)
 # A process that lost another waits to be ended, so that the other's error is the one that is shown.
 PATIENCE_SECONDS = 25
 RUN_ID = "whet"  # of processes that whet has started itself
@@ -293,7 +296,7 @@ def _has_lost_another(error: Exception) -> bool:
 
     if isinstance(error, DistError):
         return True
-    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in _LOST)
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
 def _write_record(file: Path, error: Exception, code: int, lost: bool) -> None:
