@@ -223,10 +223,14 @@ def test_the_first_error_is_told_and_max_restarts_goes_on_by_itself(command, tmp
     assert process.returncode == 1
     assert "process 1 of 2: ValueError: a fault of its own" in out.strip().splitlines()[-1]
     assert "Connection closed" not in out
-    process = command("--nproc", "2", "--max-restarts", "1")
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    assert "going on from" in out and steps_done(command.run) == 6
+    # And to a pipeline that reads standard output, where there is one object and nothing else.
+    process = command("--nproc", "2", "--max-restarts", "1", "--json", stderr=subprocess.PIPE)
+    out, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert "going on from" in told and "step 6/6" in told
+    summary = json.loads(out)
+    assert summary["status"] == "done" and summary["steps"] == steps_done(command.run) == 6
+    assert command.run.report["processes"] == 2
 
 
 def namespaces(names):
@@ -272,16 +276,6 @@ def test_two_machines_meet_and_train_together(command):
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-
-def test_two_processes_answer_a_pipeline_with_one_object(command):
-    process = command("--nproc", "2", "--json", stderr=subprocess.PIPE)
-    out, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told
-    summary = json.loads(out)
-    assert summary["steps"] == 6 and summary["status"] == "done"
-    assert "step 6/6" in told
-    assert command.run.report["processes"] == 2
 
 
 def test_ports_and_hosts_that_are_wrong_are_said(command):
