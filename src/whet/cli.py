@@ -92,11 +92,16 @@ def plan(
     settings = load_config(config, set_ or [])
     _quiet_libraries()
     if ranks > 1:
-        from whet.ranks_view import show_or_print
+        from whet.planning import plan_ranks
+        from whet.ranks_view import show_ranks
+        from whet.terminal import console
 
-        if not show_or_print(
-            settings, ranks, nodes, strategy or [], device, vram, host_memory, as_json
-        ):
+        planned = plan_ranks(settings, ranks, nodes, strategy or [], device, vram, host_memory)
+        if as_json:
+            typer.echo(json.dumps(planned.to_dict(), indent=2))
+        else:
+            show_ranks(console(), planned)
+        if planned.simplest is None:
             raise typer.Exit(1)
         return
     from whet.planning import plan_config

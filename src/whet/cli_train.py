@@ -77,7 +77,7 @@ def train(
     if print_config:
         typer.echo(to_yaml(task.settings()), nl=False)
         return
-    with as_one_of_several():
+    with as_one_of_several(_say):
         if as_json:
             _tell_in_json(task)
         else:
@@ -175,8 +175,12 @@ def _run_several(task: _Task, settings: Config) -> RunFolder:
             file.write_text(settings.model_dump_json(), encoding="utf-8")
             arguments += ["--config-json", str(file)]
         stack.enter_context(_output_on_stderr() if task.apart else nullcontext())
-        run_processes(arguments, task.launch)
+        run_processes(arguments, task.launch, _say)
     return RunFolder(Path(settings.run.dir) / settings.run.name)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 @contextmanager

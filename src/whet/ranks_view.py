@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from whet.config import Config
 from whet.plan.parallel import RankPlan
 from whet.plan.plan import gib
-from whet.planning import RanksPlan, plan_ranks
-from whet.terminal import console, duration
-
-
-def show_or_print(
-    config: Config, ranks: int, nodes: int, strategy: Sequence[str], device: str | None,
-    vram: str | None, host_memory: str | None, as_json: bool,
-) -> bool:  # fmt: skip
-    """Plan the ranks of a run and show it, as a table or as JSON.
-
-    Returns:
-        Whether a strategy that can be started fits.
-    """
-    found = plan_ranks(config, ranks, nodes, strategy, device, vram, host_memory)
-    if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
-    else:
-        show_ranks(console(), found)
-    return found.simplest is not None
+from whet.planning import RanksPlan
+from whet.terminal import duration
 
 
 def show_ranks(out: Console, found: RanksPlan) -> None:

@@ -66,6 +66,8 @@ def test_a_world_that_is_smaller_than_asked_stops_the_run(monkeypatch):
     assert not must_start(Launch(nproc=1))
     with pytest.raises(InputError, match="--node-rank"):
         must_start(Launch(nproc=2, nnodes=2))
+    with pytest.raises(InputError, match="counts from 0 to 1; got 5"):
+        must_start(Launch(nproc=2, nnodes=2, node_rank=5, rdzv="localhost:29500"))
     with monkeypatch.context() as patch:  # accelerate launch --cpu --num_processes 2
         patch.setenv("ACCELERATE_MIXED_PRECISION", "no")
         patch.setenv("MASTER_PORT", "29500")

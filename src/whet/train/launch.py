@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -91,15 +91,21 @@ def must_start(launch: Launch) -> bool:
             f"--nnodes {launch.nnodes} needs to know where the machines meet",
             fix="give --node-rank (0 on the first machine) and --rdzv HOST:PORT of machine 0",
         )
+    if launch.node_rank is not None and launch.node_rank >= launch.nnodes:
+        raise InputError(
+            f"--node-rank counts from 0 to {launch.nnodes - 1}", f"{launch.node_rank}",
+            "give each machine its own, and all the same --nnodes",
+        )  # fmt: skip
     return launch.size > 1
 
 
-def run_processes(arguments: Sequence[str], launch: Launch) -> None:
+def run_processes(arguments: Sequence[str], launch: Launch, tell: Callable[[str], None]) -> None:
     """Start this machine's processes, and wait until they are done.
 
     Args:
         arguments: Of `python -m whet`.
         launch: How many.
+        tell: Called when this machine has to wait for others.
 
     Raises:
         Interrupted: The user stopped them; a checkpoint was written.
@@ -111,6 +117,8 @@ def run_processes(arguments: Sequence[str], launch: Launch) -> None:
 
     nproc = launch.nproc or 1
     _require_gpus(nproc)
+    if launch.nnodes > 1:
+        tell(f"machine {launch.node_rank} of {launch.nnodes}: waiting for all at {launch.rdzv} ...")
     # It tells of each process it ends; here the one that failed is told of, once.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if launch.max_restarts:
@@ -260,8 +268,11 @@ def _read_stops(logs: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def as_one_of_several() -> Iterator[None]:
+def as_one_of_several(tell: Callable[[str], None]) -> Iterator[None]:
     """Have whatever ends this process told by its launcher.
+
+    Args:
+        tell: Called with a mistake where torchrun's own words, which are many, would hide it.
 
     Raises:
         SystemExit: With the exit code, once the launcher has the words.
@@ -278,8 +289,8 @@ def as_one_of_several() -> Iterator[None]:
             time.sleep(PATIENCE_SECONDS)  # the launcher ends this process meanwhile
         elif not isinstance(error, WhetError):
             traceback.print_exc()
-        elif os.environ.get("TORCHELASTIC_RUN_ID") != RUN_ID:  # torchrun's own words are many
-            print(f"whet: process {os.environ['RANK']}: {error}", file=sys.stderr)
+        elif os.environ.get("TORCHELASTIC_RUN_ID") != RUN_ID:
+            tell(f"whet: process {os.environ['RANK']}: {error}")
         code = getattr(error, "exit_code", 1)
         _write_record(Path(file), error, code, lost)
         # Stopping as asked is no failure, after which torchrun would start all processes again.
