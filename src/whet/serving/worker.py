@@ -130,12 +130,13 @@ class Worker:
         with self._news:
             if self._closing:
                 raise ApiError(503, "the server is shutting down")
-            if len(self._waiting) >= self.num_waiting and not self._fits(job):
+            self._waiting.append(job)
+            if self._num_kept_waiting() > self.num_waiting:
+                self._waiting.pop()
                 raise ApiError(
-                    429, f"{len(self._waiting)} requests are waiting already; try again later",
+                    429, f"{self.num_waiting} requests are waiting already; try again later",
                     "queue_full", headers={"Retry-After": "1"},
                 )  # fmt: skip
-            self._waiting.append(job)
             self._news.notify()
 
     def leave(self, job: Job) -> None:
@@ -149,10 +150,19 @@ class Worker:
         with self._news:
             return sum(len(job.requests) for job in self._running), len(self._waiting)
 
-    def _fits(self, job: Job) -> bool:
-        """Tell whether a job would start at once."""
-        busy = sum(len(other.requests) for other in (*self._running, *self._waiting))
-        return busy + len(job.requests) <= self.num_slots
+    def _num_busy(self) -> int:
+        """Count the slots that are taken; an admitted job has no answers until they begin."""
+        ended = sum(bool(answer.finish) for job in self._running for answer in job.answers)
+        return sum(len(job.requests) for job in self._running) - ended
+
+    def _num_kept_waiting(self) -> int:
+        """Count the jobs in the line but those at its head for which slots are free."""
+        busy = self._num_busy()
+        for place, job in enumerate(self._waiting):
+            busy += len(job.requests)
+            if busy > self.num_slots:
+                return len(self._waiting) - place
+        return 0
 
     def _work(self) -> None:
         while True:
@@ -188,8 +198,7 @@ class Worker:
     def _admit(self) -> list[Job]:
         """Take the jobs from the line for which there is room."""
         fresh: list[Job] = []
-        busy = sum(not answer.finish for job in self._running for answer in job.answers)
-        tokens = 0
+        busy, tokens = self._num_busy(), 0
         while self._waiting:
             job = self._waiting[0]
             busy, tokens = busy + len(job.requests), tokens + job.num_tokens
