@@ -366,7 +366,16 @@ def test_more_than_the_line_holds_are_told_to_come_again(loaded):
         assert health(url)["running"] == 0
 
 
-def test_a_client_that_leaves_frees_its_slot(loaded):
+def test_a_client_that_leaves_frees_its_slot(loaded, monkeypatch):
+    from whet.engine.decoder import Decoder
+
+    step = Decoder.step
+
+    def slow_step(self, tokens):
+        time.sleep(0.1)  # 200 tokens take 20 seconds: no answer ends by itself while we look
+        return step(self, tokens)
+
+    monkeypatch.setattr(Decoder, "step", slow_step)
     with running(loaded, Limits(num_slots=1, num_waiting=4)) as url:
         ask = {"model": "tiny", "messages": TURNS, "max_tokens": 200, "temperature": 0}
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as asks:
@@ -374,20 +383,24 @@ def test_a_client_that_leaves_frees_its_slot(loaded):
             next(iter(stream))
             assert health(url)["running"] == 1
             stream.close()
-            until(lambda: health(url)["running"] == 0)
-        # One that waits for a whole answer, and one in the line.
-        for _ in range(2):
-            place = socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])))
-            body = json.dumps(ask).encode()
-            place.sendall(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
-                b"\r\nContent-Length: " + str(len(body)).encode() + b"\r\n\r\n" + body
-            )
-            if _ == 0:
-                first = place
-        first.close()
-        place.close()
-        until(lambda: health(url) == {"status": "ok", "running": 0, "waiting": 0})
+            until(lambda: health(url)["running"] == 0, 10)
+        waits_for_whole, in_line = leave_a_request(url, ask), leave_a_request(url, ask)
+        until(lambda: health(url) == {"status": "ok", "running": 1, "waiting": 1}, 10)
+        waits_for_whole.close()
+        in_line.close()
+        until(lambda: health(url) == {"status": "ok", "running": 0, "waiting": 0}, 10)
+
+
+def leave_a_request(url, ask):
+    """Send a request over a connection of its own; return the connection, its answer unread."""
+    connection = socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])))
+    body = json.dumps(ask).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + body)
+    return connection
 
 
 def test_a_model_that_fails_answers_500_and_goes_on(loaded, monkeypatch, caplog):
