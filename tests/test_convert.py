@@ -186,9 +186,10 @@ def test_axolotl_qlora(translated):
     assert config.train.learning_rate == 2e-4 and config.train.weight_decay == 0.01
     assert (config.run.dir, config.run.name) == ("outputs", "qlora-out")
     assert config.train.trackers == ["wandb"] and config.train.seed == 42
+    assert config.train.neftune_alpha == 5
     lost = {key for key, _ in found.lost}
     assert lost == {
-        "warmup_ratio", "evals_per_epoch", "saves_per_epoch", "neftune_noise_alpha", "special_tokens",
+        "warmup_ratio", "evals_per_epoch", "saves_per_epoch", "special_tokens",
     }  # fmt: skip
     assert {"gradient_checkpointing", "flash_attention", "strict"} <= {key for key, _ in found.moot}
 
@@ -437,7 +438,7 @@ def test_whet_init_from_writes_it_and_tells_what_was_left_out(tmp_path, monkeypa
     ):
         assert words in told.output
     text = Path("my.yaml").read_text()
-    assert "#   neftune_noise_alpha: noise on embeddings" in text and "quite_new_thing" in text
+    assert "#   special_tokens: the tokenizer's own" in text and "quite_new_thing" in text
     assert parse_yaml(text)["lora"]["rank"] == 32
     told = CliRunner().invoke(app, ["init", "my.yaml", "--from", "axolotl.yml"])
     assert "exists already" in str(told.exception) and Path("my.yaml").read_text() == text

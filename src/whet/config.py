@@ -115,6 +115,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield "plan.policy 'offload' needs the engine; set engine.enabled: true"
     if train.lora_plus_ratio is not None and train.parameters != "lora":
         yield "train.lora_plus_ratio is for adapters; leave it out or set train.parameters: lora"
+    if train.neftune_alpha is not None and config.method not in ("sft", "pretrain"):
+        yield f"train.neftune_alpha is for sft and pretrain; leave it out with method '{config.method}'"
     if (config.eval.patience or config.eval.keep_best) and not config.eval.steps:
         yield "eval.patience and eval.keep_best go by the held-out loss during training; set eval.steps"
     if config.eval.steps and config.data.heldout is None and not config.data.heldout_fraction:

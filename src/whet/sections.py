@@ -183,8 +183,12 @@ class TrainSection(Section):
     lora_plus_ratio: float | None = Field(default=None, ge=1)
     """LoRA+ (arXiv 2402.12354): the B matrices learn at this many times `learning_rate`; 16 is usual.
     null leaves one rate for all."""
+    neftune_alpha: float | None = Field(default=None, gt=0)
+    """Noise on the embeddings while learning (NEFTune, arXiv 2310.05914), for sft and pretrain: uniform,
+    up to this over the square root of the example's tokens times the model's width; 5 is usual. null
+    adds none."""
     seed: int = Field(default=3407, ge=0)
-    """Seed of the adapter's start, the order of the rows and dropout."""
+    """Seed of the adapter's start, the order of the rows, dropout and noise."""
     shuffle: bool = True
     """Draw the order of the rows anew for each epoch; false keeps the order of the files."""
     log_steps: int = Field(default=1, ge=1)

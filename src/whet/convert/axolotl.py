@@ -17,6 +17,7 @@ from whet.convert.rules import (
     schedule,
     set_batch,
     set_evaluation,
+    set_noise,
     set_place,
     set_warmup,
     settings,
@@ -35,6 +36,9 @@ _TEMPLATES = {
     "tokenizer_default": None,
 }  # fmt: skip
 _KERNELS = moot("the engine has its own")
+_NOISE = with_others(
+    "train.neftune_alpha", "for sft and pretrain; scaled by each example's own length"
+)
 _TRACKER = moot("the tracker's environment variables hold")
 
 _RULES: dict[str, Rule] = {
@@ -194,8 +198,7 @@ _RULES: dict[str, Rule] = {
     "tokens": lost("the tokenizer's own are used"),
     "overrides_of_model_config": lost("the model's own config is used"),
     "bnb_config_kwargs": lost("4 bits are NF4 with double quantisation"),
-    "neftune_noise_alpha": lost("noise on embeddings is not here"),
-    "noisy_embedding_alpha": lost("noise on embeddings is not here"),
+    "neftune_noise_alpha": _NOISE, "noisy_embedding_alpha": _NOISE,
     "hub_*": lost("whet export RUN --push REPO"),
     "deepspeed": lost("whet train CONFIG --nproc N --strategy deepspeed"),
     "fsdp*": lost("whet train CONFIG --nproc N --strategy fsdp"),
@@ -218,6 +221,7 @@ def _together(reading: Reading) -> None:
     set_warmup(reading, usual=(0.03, 100))
     set_place(reading)
     set_evaluation(reading)
+    set_noise(reading, "neftune_noise_alpha", "noisy_embedding_alpha")
     arguments = {
         key.removeprefix("adam_"): reading.get(key)
         for key in ("adam_beta1", "adam_beta2", "adam_epsilon")

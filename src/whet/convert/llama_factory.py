@@ -19,6 +19,7 @@ from whet.convert.rules import (
     one_of,
     set_batch,
     set_evaluation,
+    set_noise,
     set_place,
     set_warmup,
     share,
@@ -147,6 +148,7 @@ def _together(reading: Reading) -> None:
     set_place(reading)
     reading.set("run.name", run_name)
     set_evaluation(reading)
+    set_noise(reading, "neftune_noise_alpha")
 
 
 def _set_method(reading: Reading) -> None:

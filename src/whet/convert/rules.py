@@ -302,6 +302,17 @@ def set_evaluation(reading: Reading) -> None:
                 )
 
 
+def set_noise(reading: Reading, *keys: str) -> None:
+    """Take the noise on embeddings over, under the first of their names that is given."""
+    key = next((key for key in keys if reading.get(key)), None)
+    if key is None:
+        return
+    if reading.ours.get("method", "sft") in ("sft", "pretrain"):
+        reading.set("train.neftune_alpha", float(reading.get(key)))
+    else:
+        reading.lose(key, "noise on embeddings is for sft and pretrain")
+
+
 # Keys of transformers.TrainingArguments that several projects take as they are.
 TRAINING: dict[str, Rule] = {
     "output_dir": with_others("run.dir, run.name"),
@@ -358,7 +369,9 @@ TRAINING: dict[str, Rule] = {
     "ddp_find_unused_parameters": moot("one process needs none"),
     "use_liger_kernel": moot("the engine computes layers and loss"),
     "torch_compile*": moot("the engine computes layers and loss"),
-    "neftune_noise_alpha": lost("noise on embeddings is not here"),
+    "neftune_noise_alpha": with_others(
+        "train.neftune_alpha", "for sft and pretrain; scaled by each example's own length"
+    ),
     "label_smoothing_factor": lost("label smoothing of the loss is not here"),
     "lr_scheduler_kwargs": lost("schedules have no settings here"),
     "deepspeed": lost("whet train CONFIG --nproc N --strategy deepspeed"),

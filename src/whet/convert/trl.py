@@ -16,6 +16,7 @@ from whet.convert.rules import (
     names,
     set_batch,
     set_evaluation,
+    set_noise,
     set_place,
     set_warmup,
     targets,
@@ -111,6 +112,7 @@ def _together(reading: Reading) -> None:
     set_place(reading)
     reading.set("run.name", run_name)
     set_evaluation(reading)
+    set_noise(reading, "neftune_noise_alpha")
 
 
 def _set_loss(reading: Reading) -> None:

@@ -18,6 +18,7 @@ from whet.convert.rules import (
     one_of,
     set_batch,
     set_evaluation,
+    set_noise,
     set_place,
     set_warmup,
     steps,
@@ -123,6 +124,7 @@ def _together(reading: Reading) -> None:
     set_warmup(reading)
     set_place(reading)
     set_evaluation(reading)
+    set_noise(reading, "neftune_noise_alpha")
     wished = (("enable_wandb", "wandb"), ("enable_tensorboard", "tensorboard"))
     if found := [name for key, name in wished if reading.get(key)]:
         reading.set("train.trackers", found)

@@ -192,6 +192,8 @@ def choose_graphs(
         reason = reason or "several processes share the work, and their reductions are not recorded"
     if config.method in PREFERENCES:
         reason = reason or "whole answers are compared, and their passes do not repeat"
+    if config.train.neftune_alpha is not None:
+        reason = reason or "embeddings get noise, and a recorded pass would repeat it"
     if reason:
         listener.note(f"no CUDA graphs: {reason}")
         return None

@@ -26,6 +26,7 @@ from whet.engine.swap import fuses_head, takes_packed
 from whet.model.loss import summed_loss
 from whet.train.callbacks import StopAtSignal
 from whet.train.meter import Meter
+from whet.train.noise import noisy_embeddings
 from whet.train.optimizer_kinds import kind_of
 from whet.train.optimizers import turn_optimizer
 from whet.train.shards import Shards
@@ -156,7 +157,8 @@ class StepTrainer(Trainer):
 
         def run_pass(group: Sequence[Tokens]) -> None:
             batch = self._make_batch(group, rounded=False)
-            self._run_pass(self.model, batch, torch.ones((), device=self.args.device), 0)
+            with self._noise_on(group):
+                self._run_pass(self.model, batch, torch.ones((), device=self.args.device), 0)
 
         try:
             return measure(rows, run_pass)
@@ -244,7 +246,7 @@ class StepTrainer(Trainer):
                 batch = self._make_batch(group, rounded=graphed)
             # Gradients of all processes meet in the last pass only.
             last = number == len(passes) - 1
-            with self._gradients_meet(model, last):
+            with self._gradients_meet(model, last), self._noise_on(group):
                 total += self._run_pass(model, batch, num_items, number, graphed, last)
         return total
 
@@ -263,6 +265,15 @@ class StepTrainer(Trainer):
         if self.shards is not None:
             return self.shards.gradients_meet(self, model, last)
         return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+
+    def _noise_on(self, rows: Sequence[Tokens]) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which the rows of a pass are embedded, with noise if that is wanted."""
+        train = self.whet_config.train
+        if train.neftune_alpha is None:
+            return contextlib.nullcontext()
+        model: Any = self.model
+        step = self.state.global_step
+        return noisy_embeddings(model, rows, train.neftune_alpha, train.seed, step)
 
     def _tell_the_others(self, model: Any, passes: list[list[Tokens]], reason: str) -> list[int]:
         """Say that memory ran out here, and return what every process wants done about it."""
