@@ -15,7 +15,8 @@ from whet.runs import RunFolder
 from whet.train.recipe import LogListener, fit
 
 SEVERAL = Path(__file__).with_name("several.py")
-FULL = {"train.parameters": "full", "train.learning_rate": 1e-3}
+# With noise, which must be the same whoever computes an example.
+FULL = {"train.parameters": "full", "train.learning_rate": 1e-3, "train.neftune_alpha": 5.0}
 # Runs by name: what each changes, and what befalls it.
 NF4 = {"model.load_in_4bit": True}
 SINGLE = {"lora": {}, "full": FULL, "rows": {"train.batch_size": 1}, "nf4": NF4}
