@@ -362,6 +362,35 @@ def test_trl_sft(translated):
     assert config.run.name == "Qwen2-0.5B-SFT" and config.train.trackers == []
 
 
+def test_schedules_come_with_their_settings(translated):
+    theirs = "model_name_or_path: a/b\nuse_peft: true\nlearning_rate: 1.0e-4\n"
+    _, config = translated(
+        theirs + "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr_rate: 0.1}\n"
+    )
+    assert config.train.schedule == "cosine_with_min_lr"
+    assert config.train.schedule_args == {"min_lr_rate": 0.1}
+    _, config = translated(
+        theirs + "lr_scheduler_type: polynomial\nlr_scheduler_kwargs: '{\"power\": 2}'\n"
+    )
+    assert (config.train.schedule, config.train.schedule_args) == ("polynomial", {"power": 2})
+    found, config = translated(
+        theirs + "lr_scheduler_type: reduce_lr_on_plateau\nlr_scheduler_kwargs: {patience: 3}\n"
+    )
+    assert {"lr_scheduler_type", "lr_scheduler_kwargs"} <= dict(found.lost).keys()
+    assert config.train.schedule_args == {}
+    _, config = translated(AXOLOTL + "cosine_min_lr_ratio: 0.1\n")
+    assert config.train.schedule == "cosine_with_min_lr"
+    assert config.train.schedule_args == {"min_lr_rate": 0.1}
+
+
+def test_noise_is_for_methods_that_have_it(translated):
+    found, config = translated(
+        "base_model: a/b\nsequence_len: 64\nadapter: lora\nrl: orpo\nnoisy_embedding_alpha: 5\n"
+    )
+    assert "sft and pretrain" in dict(found.lost)["noisy_embedding_alpha"]
+    assert config.train.neftune_alpha is None
+
+
 def test_unknown_keys_are_told_with_the_key_that_was_meant(translated):
     found, _ = translated(AXOLOTL + "\nsequnce_len: 9\nquite_new_thing: 1\n")
     assert found.unknown == ["sequnce_len (did you mean sequence_len?)", "quite_new_thing"]

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
+from whet.schedules import schedule_faults
 from whet.sections import (
     PREFERENCES,
     DataSection,
@@ -115,6 +116,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield "plan.policy 'offload' needs the engine; set engine.enabled: true"
     if train.lora_plus_ratio is not None and train.parameters != "lora":
         yield "train.lora_plus_ratio is for adapters; leave it out or set train.parameters: lora"
+    yield from schedule_faults(train.schedule, train.schedule_args, train.learning_rate)
     if train.neftune_alpha is not None and config.method not in ("sft", "pretrain"):
         yield f"train.neftune_alpha is for sft and pretrain; leave it out with method '{config.method}'"
     if (config.eval.patience or config.eval.keep_best) and not config.eval.steps:

@@ -185,6 +185,8 @@ _FOREIGN_NAMES = {
     "lr": "train.learning_rate",
     "lr_scheduler": "train.schedule",
     "lr_scheduler_type": "train.schedule",
+    "lr_scheduler_kwargs": "train.schedule_args",
+    "neftune_noise_alpha": "train.neftune_alpha",
     "optim": "train.optimizer",
     "optim_args": "train.optimizer_args",
     "optim_target_modules": "train.optimizer_targets",

@@ -11,6 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from whet.schedules import Schedule
+
 # Methods whose loss compares whole answers, in whet's own trainer.
 PREFERENCES = ("dpo", "orpo", "kto")
 # Methods that trl's trainers run.
@@ -162,8 +164,11 @@ class TrainSection(Section):
     """Optimizer steps; overrides `epochs`."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate. 2e-4 suits LoRA; for `full`, 1e-5 to 5e-5 is usual."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after the warm-up."""
+    schedule: Schedule = "linear"
+    """Course of the learning rate after the warm-up; docs/optimizers.md has their formulas."""
+    schedule_args: dict[str, str | float | int | bool] = {}
+    """Settings of the schedule, by transformers' names, such as {min_lr_rate: 0.1} of
+    cosine_with_min_lr or {num_decay_steps: 100} of warmup_stable_decay; docs/optimizers.md lists them."""
     warmup_steps: int = Field(default=5, ge=0)
     """Steps over which the learning rate rises from zero."""
     weight_decay: float = Field(default=0.0, ge=0)

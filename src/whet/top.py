@@ -7,6 +7,7 @@ ended at any time, on another terminal or by another user.
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -60,8 +61,6 @@ class MetricsTail:
 
 
 def _number_of(descriptor: int) -> int:
-    import os
-
     return os.fstat(descriptor).st_ino
 
 

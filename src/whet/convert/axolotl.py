@@ -19,6 +19,7 @@ from whet.convert.rules import (
     set_evaluation,
     set_noise,
     set_place,
+    set_schedule,
     set_warmup,
     settings,
     share,
@@ -102,8 +103,8 @@ _RULES: dict[str, Rule] = {
     "max_steps": to("train.max_steps", steps),
     "learning_rate": to("train.learning_rate", float),
     "lr_scheduler": to("train.schedule", schedule),
-    "lr_scheduler_kwargs": lost("schedules have no settings here"),
-    "cosine_min_lr_ratio": lost("the cosine ends at zero"),
+    "lr_scheduler_kwargs": with_others("train.schedule_args"),
+    "cosine_min_lr_ratio": with_others("train.schedule_args", "as min_lr_rate of cosine_with_min_lr"),
     "warmup_steps": with_others("train.warmup_steps"),
     "warmup_ratio": with_others("train.warmup_steps", "as a number; left out: 0.03, at most 100"),
     "weight_decay": to("train.weight_decay", float),
@@ -182,7 +183,7 @@ _RULES: dict[str, Rule] = {
     "embedding_lr*": lost("embeddings learn at train.learning_rate"),
     "lr_groups": lost("all parameters learn at train.learning_rate"),
     "lr_quadratic_warmup": lost("the warm-up is linear"),
-    "cosine_constant_lr_ratio": lost("the cosine ends at zero"),
+    "cosine_constant_lr_ratio": lost("the cosine goes on to its end"),
     "batch_size": lost("set train.batch_size"),
     "auto_find_batch_size": moot("the planner finds the largest pass that fits"),
     "save_only_model": moot("checkpoints can always be resumed"),
@@ -219,6 +220,8 @@ def _together(reading: Reading) -> None:
     packed = bool(reading.get("sample_packing") or reading.get("pretraining_dataset"))
     set_batch(reading, "micro_batch_size", "sequence_len", packed)
     set_warmup(reading, usual=(0.03, 100))
+    set_schedule(reading)
+    _set_lowest_rate(reading)
     set_place(reading)
     set_evaluation(reading)
     set_noise(reading, "neftune_noise_alpha", "noisy_embedding_alpha")
@@ -239,6 +242,15 @@ def _together(reading: Reading) -> None:
     for plugin in names(reading.get("plugins", [])):
         if not any(word in plugin.lower() for word in ("liger", "cut_cross_entropy")):
             reading.lose("plugins", f"{plugin} is not here")
+
+
+def _set_lowest_rate(reading: Reading) -> None:
+    rate = reading.get("cosine_min_lr_ratio")
+    if rate and reading.ours.get("train.schedule") == "cosine":
+        reading.set("train.schedule", "cosine_with_min_lr")
+        reading.set("train.schedule_args", {"min_lr_rate": float(rate)})
+    elif rate:
+        reading.moot.append(("cosine_min_lr_ratio", "the schedule is no cosine"))
 
 
 def _set_method(reading: Reading) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from whet.convert.rules import (
-    TRAINING,
     Dialect,
     Reading,
     Rule,
@@ -21,6 +20,7 @@ from whet.convert.rules import (
     set_evaluation,
     set_noise,
     set_place,
+    set_schedule,
     set_warmup,
     share,
     targets,
@@ -28,6 +28,7 @@ from whet.convert.rules import (
     whole,
     with_others,
 )
+from whet.convert.training import TRAINING
 
 _TEMPLATES = {
     "llama3": "llama-3", "chatml": "chatml", "qwen": "qwen", "qwen3": "qwen", "qwen3_nothink": "qwen",
@@ -144,6 +145,7 @@ def _together(reading: Reading) -> None:
     )
     set_batch(reading, "per_device_train_batch_size", "cutoff_len", packed)
     set_warmup(reading)
+    set_schedule(reading)
     run_name = reading.ours.get("run.name")
     set_place(reading)
     reading.set("run.name", run_name)

@@ -7,6 +7,7 @@ documentation describes them; nothing of those projects is imported.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from whet.errors import InputError
+from whet.schedules import schedule_faults
 
 
 class Refused(ValueError):
@@ -173,6 +175,10 @@ schedule = one_of(
     {
         "linear": "linear", "cosine": "cosine", "constant": "constant",
         "constant_with_warmup": "constant",
+        **{name: name for name in (
+            "cosine_with_min_lr", "cosine_with_restarts", "polynomial", "inverse_sqrt",
+            "warmup_stable_decay",
+        )},
     }
 )  # fmt: skip
 dtype = one_of(
@@ -302,6 +308,20 @@ def set_evaluation(reading: Reading) -> None:
                 )
 
 
+def set_schedule(reading: Reading) -> None:
+    """Take the settings of a schedule over that whet has."""
+    found = reading.get("lr_scheduler_kwargs")
+    if not found:
+        return
+    given = settings(json.loads(found) if str(found).startswith('{"') else found)
+    schedule, peak = reading.ours.get("train.schedule", "linear"), reading.get("learning_rate", 1.0)
+    faults = list(schedule_faults(schedule, given, float(peak)))
+    if faults:
+        reading.lose("lr_scheduler_kwargs", "; ".join(faults))
+    else:
+        reading.set("train.schedule_args", given)
+
+
 def set_noise(reading: Reading, *keys: str) -> None:
     """Take the noise on embeddings over, under the first of their names that is given."""
     key = next((key for key in keys if reading.get(key)), None)
@@ -311,71 +331,3 @@ def set_noise(reading: Reading, *keys: str) -> None:
         reading.set("train.neftune_alpha", float(reading.get(key)))
     else:
         reading.lose(key, "noise on embeddings is for sft and pretrain")
-
-
-# Keys of transformers.TrainingArguments that several projects take as they are.
-TRAINING: dict[str, Rule] = {
-    "output_dir": with_others("run.dir, run.name"),
-    "per_device_train_batch_size": with_others(
-        "train.batch_size", "times gradient_accumulation_steps; with packing: train.batch_tokens"
-    ),
-    "gradient_accumulation_steps": with_others(
-        "train.batch_size", "the planner cuts a step into passes"
-    ),
-    "num_train_epochs": to("train.epochs", float),
-    "max_steps": to("train.max_steps", steps),
-    "learning_rate": to("train.learning_rate", float),
-    "lr_scheduler_type": to("train.schedule", schedule),
-    "warmup_steps": with_others("train.warmup_steps"),
-    "warmup_ratio": with_others("train.warmup_steps", "as a number of steps"),
-    "weight_decay": to("train.weight_decay", float),
-    "max_grad_norm": to("train.max_grad_norm", float),
-    "optim": to("train.optimizer", optimizer),
-    "optim_args": to("train.optimizer_args", settings),
-    "optim_target_modules": to("train.optimizer_targets", names),
-    "seed": to("train.seed", whole),
-    "logging_steps": to("train.log_steps", steps),
-    "save_steps": to("train.checkpoint_steps", steps),
-    "save_total_limit": to("train.keep_checkpoints", whole),
-    "report_to": to("train.trackers", trackers),
-    "per_device_eval_batch_size": to("eval.batch_size", whole),
-    "eval_steps": with_others("eval.steps"),
-    "eval_strategy": with_others("eval.steps", "steps, or no measurement during training"),
-    "early_stopping_patience": with_others("eval.patience"),
-    "load_best_model_at_end": with_others("eval.keep_best"),
-    "bf16": moot(
-        "weights and products are in model.dtype; null takes what the device computes fastest"
-    ),
-    "fp16": moot(
-        "weights and products are in model.dtype; null takes what the device computes fastest"
-    ),
-    "tf32": moot("products are in model.dtype"),
-    "gradient_checkpointing": moot("the planner decides what is recomputed (plan.policy)"),
-    "gradient_checkpointing_kwargs": moot("the planner decides what is recomputed (plan.policy)"),
-    "group_by_length": moot("there is no padding to save"),
-    "dataloader_num_workers": moot("rows are tokenised once and read from the cache"),
-    "dataloader_pin_memory": moot("rows are tokenised once and read from the cache"),
-    "remove_unused_columns": moot("only the columns of the format are read"),
-    "overwrite_output_dir": moot("an earlier run of the name is moved aside"),
-    "resume_from_checkpoint": moot("whet train --resume"),
-    "do_train": moot("whet train"),
-    "do_eval": moot("held-out rows are always measured at the end"),
-    "save_strategy": moot("a checkpoint comes every train.checkpoint_steps and at the end"),
-    "save_only_model": moot("checkpoints can always be resumed"),
-    "logging_strategy": moot("see train.log_steps"),
-    "logging_dir": moot("everything is in the run's folder"),
-    "logging_first_step": moot("the first step is logged"),
-    "ddp_timeout": moot("one process needs none"),
-    "ddp_find_unused_parameters": moot("one process needs none"),
-    "use_liger_kernel": moot("the engine computes layers and loss"),
-    "torch_compile*": moot("the engine computes layers and loss"),
-    "neftune_noise_alpha": with_others(
-        "train.neftune_alpha", "for sft and pretrain; scaled by each example's own length"
-    ),
-    "label_smoothing_factor": lost("label smoothing of the loss is not here"),
-    "lr_scheduler_kwargs": lost("schedules have no settings here"),
-    "deepspeed": lost("whet train CONFIG --nproc N --strategy deepspeed"),
-    "fsdp*": lost("whet train CONFIG --nproc N --strategy fsdp"),
-    "push_to_hub": lost("whet export RUN --push REPO"),
-    "hub_*": lost("whet export RUN --push REPO"),
-}

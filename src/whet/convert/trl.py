@@ -6,7 +6,6 @@ Which trainer is meant stands in the command and not in the file: it is read off
 from __future__ import annotations
 
 from whet.convert.rules import (
-    TRAINING,
     Dialect,
     Reading,
     Rule,
@@ -18,12 +17,14 @@ from whet.convert.rules import (
     set_evaluation,
     set_noise,
     set_place,
+    set_schedule,
     set_warmup,
     targets,
     to,
     whole,
     with_others,
 )
+from whet.convert.training import TRAINING
 
 _RULES: dict[str, Rule] = TRAINING | {
     "model_name_or_path": to("model.name"),
@@ -108,6 +109,7 @@ def _together(reading: Reading) -> None:
         reading.set("data.heldout", f"{name}:{reading.get('dataset_test_split', 'test')}")
     set_batch(reading, "per_device_train_batch_size", "max_length", bool(reading.get("packing")))
     set_warmup(reading)
+    set_schedule(reading)
     run_name = reading.ours.get("run.name")
     set_place(reading)
     reading.set("run.name", run_name)

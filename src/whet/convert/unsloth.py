@@ -6,7 +6,6 @@ A script written for Unsloth needs no translation: see docs/compat.md.
 from __future__ import annotations
 
 from whet.convert.rules import (
-    TRAINING,
     Dialect,
     Reading,
     Rule,
@@ -20,6 +19,7 @@ from whet.convert.rules import (
     set_evaluation,
     set_noise,
     set_place,
+    set_schedule,
     set_warmup,
     steps,
     targets,
@@ -27,6 +27,7 @@ from whet.convert.rules import (
     whole,
     with_others,
 )
+from whet.convert.training import TRAINING
 
 _FORMATS = {
     "auto": None, "alpaca": "alpaca", "sharegpt": "sharegpt", "chatml": "messages",
@@ -122,6 +123,7 @@ def _together(reading: Reading) -> None:
     rows = "batch_size" if "batch_size" in reading.theirs else "per_device_train_batch_size"
     set_batch(reading, rows, "max_seq_length", bool(reading.get("packing")))
     set_warmup(reading)
+    set_schedule(reading)
     set_place(reading)
     set_evaluation(reading)
     set_noise(reading, "neftune_noise_alpha")

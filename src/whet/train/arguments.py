@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from whet.config import Config
 from whet.runs import RunFolder
+from whet.sections import TrainSection
 from whet.train.optimizer_kinds import optimizer_arguments
 from whet.train.trackers import PROJECT
 
@@ -17,6 +18,15 @@ def _checkpointing(on: bool) -> dict[str, Any]:
     """Turn gradient checkpointing on under the name that this transformers has for it."""
     new = "activation_checkpointing"
     return {new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing": on}
+
+
+def _schedule(train: TrainSection) -> dict[str, Any]:
+    """Translate the schedule and its settings."""
+    settings = dict(train.schedule_args)
+    if "min_lr" in settings:  # transformers divides by a rate that only its own optimizers keep
+        settings["min_lr_rate"] = float(settings.pop("min_lr")) / train.learning_rate
+    name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    return {"lr_scheduler_type": name, "lr_scheduler_kwargs": settings}
 
 
 def training_arguments(
@@ -42,9 +52,7 @@ def training_arguments(
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
         learning_rate=train.learning_rate,
-        lr_scheduler_type="constant_with_warmup"
-        if train.schedule == "constant"
-        else train.schedule,
+        **_schedule(train),
         warmup_steps=train.warmup_steps,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,

@@ -232,5 +232,6 @@ def optimizer_arguments(train: TrainSection) -> dict[str, Any]:
     if kind.in_backward:
         translated["max_grad_norm"] = 0.0  # gradients are gone before they could be clipped
     if train.optimizer.startswith("schedule_free"):
-        translated["lr_scheduler_type"] = "constant"  # the optimizer warms up by itself
+        # The optimizer warms up by itself.
+        translated |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}}
     return translated

@@ -70,6 +70,8 @@ class JoinedOptimizer(torch.optim.Optimizer):
     def __init__(self, parts: Sequence[torch.optim.Optimizer], in_backward: bool = False) -> None:
         self.parts, self.in_backward = list(parts), in_backward
         super().__init__([group for part in self.parts for group in part.param_groups], {})
+        # Where schedules look for the rate; given above, it would be put into every group.
+        self.defaults = {"lr": self.parts[0].defaults["lr"]}
 
     @property
     def state(self) -> dict[torch.Tensor, Any]:  # type: ignore[override]

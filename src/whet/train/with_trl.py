@@ -47,9 +47,10 @@ if TYPE_CHECKING:
 Reward = Callable[..., list[float]]
 # What the config says of training, in the arguments of any of transformers' trainers.
 _KEPT = (
-    "output_dir", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
-    "weight_decay", "max_grad_norm", "optim", "optim_args", "seed", "bf16", "fp16", "use_cpu",
-    "dataloader_pin_memory", "logging_steps", "logging_nan_inf_filter", "disable_tqdm", "report_to",
+    "output_dir", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type",
+    "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "optim_args", "seed",
+    "bf16", "fp16", "use_cpu", "dataloader_pin_memory", "logging_steps", "logging_nan_inf_filter",
+    "disable_tqdm", "report_to",
 )  # fmt: skip
 
 
