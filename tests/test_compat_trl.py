@@ -250,3 +250,55 @@ def test_imports_come_in_any_order_and_change_no_class(tiny_model, order):
         assert issubclass(SFTTrainer, trl.SFTTrainer)
     """)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_unsloths_trainer_gives_embeddings_a_rate_of_their_own(tiny_model, rows, tmp_path):
+    model, tokenizer = make(tiny_model, adapted=False)
+    model = FastLanguageModel.get_peft_model(
+        model, r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens", "lm_head"],
+        use_gradient_checkpointing="unsloth",
+    )  # fmt: skip
+    args = whet.UnslothTrainingArguments(
+        str(tmp_path), embedding_learning_rate=1e-5, max_length=32, **SETTINGS
+    )
+    trainer = whet.UnslothTrainer(
+        model=model, tokenizer=tokenizer, train_dataset=rows, dataset_text_field="text", args=args
+    )
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    stats = whet.unsloth_train(trainer)
+    assert stats.global_step == 2
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    rates = {
+        names[id(p)]: group["initial_lr"]
+        for group in trainer.optimizer.param_groups
+        for p in group["params"]
+    }
+    assert set(rates) == set(before)
+    for name, rate in rates.items():
+        assert rate == (1e-5 if "modules_to_save" in name else 1e-3), name
+    saved = [n for n in rates if "modules_to_save" in n]
+    live = dict(trainer.model.named_parameters())
+    moved = max(float((live[n].detach() - before[n]).abs().max()) for n in saved)
+    assert len(saved) == 2 and 0 < moved <= 2e-5, "two steps of AdamW at that rate"
+
+
+def test_unsloths_trainer_without_a_rate_is_the_trainer(tiny_model, rows, tmp_path):
+    model, tokenizer = make(tiny_model)
+    trainer = whet.UnslothTrainer(
+        model=model, tokenizer=tokenizer, train_dataset=rows, dataset_text_field="text",
+        args=whet.SFTConfig(str(tmp_path / "one"), **SETTINGS),
+    )  # fmt: skip
+    again, _ = make(tiny_model)
+    other = SFTTrainer(
+        model=again, tokenizer=tokenizer, train_dataset=rows, dataset_text_field="text",
+        args=whet.SFTConfig(str(tmp_path / "two"), **SETTINGS),
+    )  # fmt: skip
+    assert [line["loss"] for line in losses(trainer)] == [line["loss"] for line in losses(other)]
+    frozen = whet.UnslothTrainer(
+        model=again, tokenizer=tokenizer, train_dataset=rows, dataset_text_field="text",
+        args=whet.UnslothTrainingArguments(
+            str(tmp_path / "three"), embedding_learning_rate=1e-5, **SETTINGS
+        ),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="neither they nor the head are trained"):
+        frozen.train()

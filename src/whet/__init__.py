@@ -15,8 +15,16 @@ if TYPE_CHECKING:
         is_bf16_supported,
         is_bfloat16_supported,
     )
+    from whet.compat.notebooks import (
+        PatchDPOTrainer,
+        standardize_data_formats,
+        standardize_sharegpt,
+        unsloth_train,
+    )
     from whet.compat.trl import SFTConfig as SFTConfig
     from whet.compat.trl import SFTTrainer as SFTTrainer
+    from whet.compat.trl import UnslothTrainer as UnslothTrainer
+    from whet.compat.trl import UnslothTrainingArguments as UnslothTrainingArguments
     from whet.config import Config
     from whet.config_file import load_config
     from whet.errors import InputError, WhetError
@@ -24,11 +32,12 @@ if TYPE_CHECKING:
     from whet.trained import load_trained
 
 __version__ = "0.1.0"
-# Names that need an extra (SFTTrainer, SFTConfig) are not among them, for `from whet import *`.
+# Names that need an extra (those of compat/trl.py) are not among them, for `from whet import *`.
 __all__ = [
-    "Config", "FastLanguageModel", "FastModel", "InputError", "TrainingArguments", "WhetError", "fit",
-    "get_chat_template", "is_bf16_supported", "is_bfloat16_supported", "load_config", "load_trained",
-    "train_on_responses_only",
+    "Config", "FastLanguageModel", "FastModel", "InputError", "PatchDPOTrainer", "TrainingArguments",
+    "WhetError", "fit", "get_chat_template", "is_bf16_supported", "is_bfloat16_supported", "load_config",
+    "load_trained", "standardize_data_formats", "standardize_sharegpt", "train_on_responses_only",
+    "unsloth_train",
 ]  # fmt: skip
 
 _HOMES = {
@@ -45,8 +54,14 @@ _HOMES = {
     "TrainingArguments": "whet.compat.arguments",
     "get_chat_template": "whet.compat.chat",
     "train_on_responses_only": "whet.compat.chat",
+    "PatchDPOTrainer": "whet.compat.notebooks",
+    "standardize_data_formats": "whet.compat.notebooks",
+    "standardize_sharegpt": "whet.compat.notebooks",
+    "unsloth_train": "whet.compat.notebooks",
     "SFTTrainer": "whet.compat.trl",
     "SFTConfig": "whet.compat.trl",
+    "UnslothTrainer": "whet.compat.trl",
+    "UnslothTrainingArguments": "whet.compat.trl",
 }
 
 

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from whet.schedules import schedule_faults
 from whet.sections import (
     PREFERENCES,
+    WITH_TRL,
     DataSection,
     EngineSection,
     EvalSection,
@@ -119,6 +120,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     yield from schedule_faults(train.schedule, train.schedule_args, train.learning_rate)
     if train.neftune_alpha is not None and config.method not in ("sft", "pretrain"):
         yield f"train.neftune_alpha is for sft and pretrain; leave it out with method '{config.method}'"
+    if train.embedding_learning_rate is not None and config.method in WITH_TRL:
+        yield f"train.embedding_learning_rate is not for method '{config.method}'; leave it out"
     if (config.eval.patience or config.eval.keep_best) and not config.eval.steps:
         yield "eval.patience and eval.keep_best go by the held-out loss during training; set eval.steps"
     if config.eval.steps and config.data.heldout is None and not config.data.heldout_fraction:

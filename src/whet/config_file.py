@@ -187,6 +187,7 @@ _FOREIGN_NAMES = {
     "lr_scheduler_type": "train.schedule",
     "lr_scheduler_kwargs": "train.schedule_args",
     "neftune_noise_alpha": "train.neftune_alpha",
+    "embedding_lr": "train.embedding_learning_rate",
     "optim": "train.optimizer",
     "optim_args": "train.optimizer_args",
     "optim_target_modules": "train.optimizer_targets",

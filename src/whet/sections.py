@@ -188,6 +188,9 @@ class TrainSection(Section):
     lora_plus_ratio: float | None = Field(default=None, ge=1)
     """LoRA+ (arXiv 2402.12354): the B matrices learn at this many times `learning_rate`; 16 is usual.
     null leaves one rate for all."""
+    embedding_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak rate of embeddings and head where they are trained themselves (`lora.modules_to_save`, or
+    `parameters: full`), usually a fifth to a tenth of `learning_rate`; null takes that one."""
     neftune_alpha: float | None = Field(default=None, gt=0)
     """Noise on the embeddings while learning (NEFTune, arXiv 2310.05914), for sft and pretrain: uniform,
     up to this over the square root of the example's tokens times the model's width; 5 is usual. null

@@ -130,6 +130,45 @@ def test_it_takes_several_steps_and_resumes(full, name, record_property):
     assert again == found
 
 
+@pytest.mark.parametrize(
+    "trained",
+    [
+        ["lora.modules_to_save=[embed_tokens, lm_head]"],
+        ["lora.modules_to_save=[embed_tokens]", "train.lora_plus_ratio=4"],
+        ["train.parameters=full", "train.weight_decay=0.1", "train.optimizer=adamw_8bit"],
+    ],
+    ids=["adapter", "LoRA+", "full"],
+)
+def test_embeddings_learn_at_a_rate_of_their_own_also_after_a_resume(config, trained):
+    config = load_config(config, [
+        *trained, "train.embedding_learning_rate=1e-4", "train.max_steps=6",
+        "train.checkpoint_steps=3", "data.heldout_fraction=0",
+    ])  # fmt: skip
+    kept = Kept()
+    run = fit(config, listener=Heard(), callbacks=[kept])
+    names = {id(p): name for name, p in kept.model.named_parameters()}
+    ratio = config.train.lora_plus_ratio or 1
+    seen = []
+    for group in kept.optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            whole = "embed_tokens" in name or "lm_head" in name
+            faster = ratio if "lora_B" in name else 1
+            rate = 1e-4 if whole else config.train.learning_rate * faster
+            assert group["initial_lr"] == pytest.approx(rate), name
+            seen.append(name)
+    assert len(seen) == len(set(seen)) == sum(p.requires_grad for p in kept.model.parameters())
+    assert any("embed_tokens" in name for name in seen)
+    before = losses(run)
+    shutil.rmtree(run.checkpoints()[-1])
+    assert losses(fit(config, resume=True, listener=Heard())) == before
+
+
+def test_a_rate_for_embeddings_that_are_frozen_is_an_error(config):
+    with pytest.raises(InputError, match="neither they nor the head are trained"):
+        fit(load_config(config, ["train.embedding_learning_rate=1e-5"]), listener=Heard())
+
+
 def test_lora_plus_has_b_matrices_learn_faster(config):
     config = load_config(
         config, ["train.max_steps=6", "train.lora_plus_ratio=16", "data.heldout_fraction=0"]
@@ -212,6 +251,7 @@ def test_only_the_targets_are_projected(full):
         (["train.optimizer=muon", "train.optimizer_args={adjust_lr_fn: 'a,b'}"], "one word"),
         (["train.optimizer_targets=[mlp]"], "project gradients"),
         (["train.optimizer=muon", "train.lora_plus_ratio=4"], "does not go with"),
+        (["train.optimizer=muon", "train.embedding_learning_rate=1e-5"], "does not go with"),
     ],
     ids=str,
 )

@@ -20,6 +20,7 @@ from whet.compat.export import bind, is_quantised
 from whet.engine import swap
 from whet.errors import InputError
 from whet.plan.memory import LEAST
+from whet.train.optimizers import let_embeddings_learn_at_
 
 try:
     import trl as installed  # type: ignore[import-not-found]
@@ -137,6 +138,39 @@ class SFTTrainer(trl.SFTTrainer):
         """Train, with the engine even where `for_inference` has set it aside before."""
         swap.set_paused(self.model, False)
         return super().train(*args, **kwargs)
+
+
+def UnslothTrainingArguments(
+    *args: Any, embedding_learning_rate: float | None = None, **kwargs: Any
+) -> Any:
+    """Make trl's SFTConfig, with a learning rate of their own for embeddings and head.
+
+    Args:
+        *args: As `SFTConfig` takes them.
+        embedding_learning_rate: Of what `modules_to_save` trains of them; None: `learning_rate`.
+        **kwargs: As `SFTConfig` takes them.
+    """
+    config = SFTConfig(*args, **kwargs)
+    config.embedding_learning_rate = embedding_learning_rate
+    return config
+
+
+class UnslothTrainer(SFTTrainer):
+    """`SFTTrainer` with a learning rate of their own for embeddings and head.
+
+    Args:
+        *args: As `SFTTrainer` takes them; its config is of `UnslothTrainingArguments`.
+        **kwargs: As `SFTTrainer` takes them.
+    """
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Make the optimizer, with groups of their own for embeddings and head."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = getattr(self.args, "embedding_learning_rate", None)
+        if fresh and rate is not None:
+            let_embeddings_learn_at_(optimizer, self.model, rate)
+        return optimizer
 
 
 def _own_arguments() -> tuple[str, ...]:

@@ -83,7 +83,7 @@ _RULES: dict[str, Rule] = TRAINING | {
     "random_state": to("train.seed", whole),
     "save_steps": to("train.checkpoint_steps", steps),
     "use_gradient_checkpointing": moot("the planner decides what is recomputed (plan.policy)"),
-    "embedding_learning_rate": lost("embeddings learn at train.learning_rate"),
+    "embedding_learning_rate": to("train.embedding_learning_rate", float),
     "fast_inference": lost("whet serve RUN"),
     "gpu_memory_utilization": moot("see plan.memory"),
     "enable_wandb": with_others("train.trackers", "wandb"),

@@ -213,11 +213,12 @@ def _check_parameters(train: TrainSection, kind: OptimizerKind) -> None:
             fix="set train.parameters: full or last_layers, or take adamw_torch",
         )
     plain = not (kind.projects or kind.in_backward or train.optimizer == "muon")
-    if train.lora_plus_ratio is not None and not plain:
-        raise InputError(
-            f"train.lora_plus_ratio does not go with train.optimizer '{train.optimizer}'",
-            fix="take adamw_torch, adamw_8bit or another that transformers steps",
-        )
+    for key in ("lora_plus_ratio", "embedding_learning_rate"):
+        if getattr(train, key) is not None and not plain:
+            raise InputError(
+                f"train.{key} does not go with train.optimizer '{train.optimizer}'",
+                fix="take adamw_torch, adamw_8bit or another that transformers steps",
+            )
 
 
 def optimizer_arguments(train: TrainSection) -> dict[str, Any]:

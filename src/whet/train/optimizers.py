@@ -144,6 +144,42 @@ def _make_lora_plus(model: Any, args: TrainingArguments, ratio: float) -> torch.
     )  # fmt: skip
 
 
+def let_embeddings_learn_at_(
+    optimizer: torch.optim.Optimizer, model: nn.Module, rate: float
+) -> None:
+    """Give the embeddings and the head groups of their own in an optimizer that has not stepped.
+
+    Adapters on them stay where they are: their matrices begin at nothing, and learn as others do.
+
+    Args:
+        optimizer: One that steps each group by the group's own settings.
+        model: Whose parameters it has.
+        rate: Of whole embeddings and of a whole head.
+
+    Raises:
+        InputError: Neither is trained.
+    """
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    whole = {
+        id(parameter)
+        for table in tables
+        if isinstance(table, nn.Module)
+        for name, parameter in table.named_parameters()
+        if parameter.requires_grad and "lora_" not in name
+    }
+    if not whole:
+        raise InputError(
+            "there is a learning rate for embeddings, and neither they nor the head are trained",
+            fix="name them in modules_to_save (embed_tokens and lm_head of most models), or leave "
+            "embedding_learning_rate out",
+        )
+    for group in list(optimizer.param_groups):
+        chosen = [parameter for parameter in group["params"] if id(parameter) in whole]
+        if chosen:
+            group["params"] = [p for p in group["params"] if id(p) not in whole]
+            optimizer.add_param_group({**group, "params": chosen, "lr": rate})
+
+
 def _make_stable_on_cpu(
     model: Any, args: TrainingArguments, decayed: set[str]
 ) -> torch.optim.Optimizer:

@@ -33,7 +33,12 @@ from whet.train.checkpoints import (
     write_checkpoint,
 )
 from whet.train.meter import Meter
-from whet.train.optimizers import make_for_tensor_parallel, make_optimizer, turn_optimizer
+from whet.train.optimizers import (
+    let_embeddings_learn_at_,
+    make_for_tensor_parallel,
+    make_optimizer,
+    turn_optimizer,
+)
 from whet.train.randoms import load_random_state
 from whet.train.shards import clip_gradients_
 from whet.train.steps import StepSettings, StepTrainer
@@ -132,6 +137,10 @@ class WhetTrainer(StepTrainer):
                 self.optimizer = make_optimizer(self.model, self.args, train, names)
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh:
+            rate = self.whet_config.train.embedding_learning_rate
+            if rate is not None:
+                assert self.model is not None
+                let_embeddings_learn_at_(optimizer, self.model, rate)
             # DeepSpeed puts flat pieces in their place.
             self.parameter_groups = [list(group["params"]) for group in optimizer.param_groups]
             step_again_when_out_of_memory_(optimizer, self._tell_of_the_optimizer)
