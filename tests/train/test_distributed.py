@@ -15,8 +15,11 @@ from whet.runs import RunFolder
 from whet.train.recipe import LogListener, fit
 
 SEVERAL = Path(__file__).with_name("several.py")
-# With noise, which must be the same whoever computes an example.
-FULL = {"train.parameters": "full", "train.learning_rate": 1e-3, "train.neftune_alpha": 5.0}
+# With noise, which must be the same whoever computes an example, and groups of their own for embeddings.
+FULL = {
+    "train.parameters": "full", "train.learning_rate": 1e-3, "train.neftune_alpha": 5.0,
+    "train.embedding_learning_rate": 2e-4,
+}  # fmt: skip
 # Runs by name: what each changes, and what befalls it.
 NF4 = {"model.load_in_4bit": True}
 SINGLE = {"lora": {}, "full": FULL, "rows": {"train.batch_size": 1}, "nf4": NF4}
