@@ -199,6 +199,8 @@ def test_mistakes_of_an_adapter_are_told_at_once(tiny_model):
     assert "r:" in str(told.value) and "lora_dropout:" in str(told.value)
     with pytest.raises(InputError, match="no module 'q_porj'"):
         adapt(model, target_modules=["q_porj"])
+    with pytest.raises(InputError, match="no module for an adapter"):
+        adapt(model, target_modules=["lm_head"])
     with pytest.raises(InputError, match="adapter already"):
         adapt(adapt(model))
 

@@ -255,7 +255,7 @@ def test_imports_come_in_any_order_and_change_no_class(tiny_model, order):
 def test_unsloths_trainer_gives_embeddings_a_rate_of_their_own(tiny_model, rows, tmp_path):
     model, tokenizer = make(tiny_model, adapted=False)
     model = FastLanguageModel.get_peft_model(
-        model, r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens", "lm_head"],
+        model, r=4, target_modules=["q_proj", "v_proj", "embed_tokens", "lm_head"],
         use_gradient_checkpointing="unsloth",
     )  # fmt: skip
     args = whet.UnslothTrainingArguments(

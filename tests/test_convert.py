@@ -362,6 +362,16 @@ def test_trl_sft(translated):
     assert config.run.name == "Qwen2-0.5B-SFT" and config.train.trackers == []
 
 
+def test_unsloths_continued_pretraining_keeps_its_tables_and_their_rate(translated):
+    found, config = translated(
+        "model_name: unsloth/mistral-7b\nmax_seq_length: 2048\nr: 128\nlearning_rate: 5.0e-5\n"
+        "target_modules: [q_proj, gate_proj, embed_tokens, lm_head]\nembedding_learning_rate: 1.0e-5\n"
+    )
+    assert config.lora.targets == ["q_proj", "gate_proj"] and found.lost == []
+    assert config.lora.modules_to_save == ["embed_tokens", "lm_head"]
+    assert config.train.embedding_learning_rate == 1e-5
+
+
 def test_schedules_come_with_their_settings(translated):
     theirs = "model_name_or_path: a/b\nuse_peft: true\nlearning_rate: 1.0e-4\n"
     _, config = translated(

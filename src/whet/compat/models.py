@@ -145,7 +145,8 @@ class FastLanguageModel:
             model: What `from_pretrained` gave, or any transformers model.
             r: Rank of the update.
             target_modules: Names of linear modules, a pattern, or "all-linear"; None is all linear
-                modules but the head, which for Llama's kin are the seven that tutorials list.
+                modules but the head, which for Llama's kin are the seven that tutorials list. The
+                names embed_tokens and lm_head are taken as `modules_to_save`, as Unsloth takes them.
             lora_alpha: Scale of the update: it is multiplied by alpha / r.
             lora_dropout: Dropout in front of the adapter; above 0 adapters take peft's own path.
             bias: none, all or lora_only.
@@ -185,7 +186,8 @@ class FastLanguageModel:
         if isinstance(target_modules, str) and target_modules != "all-linear":
             more["target_modules"], target_modules = target_modules, None  # a pattern
         if not isinstance(target_modules, str):
-            target_modules = list(target_modules or ["all-linear"])
+            target_modules, tables = _parted(target_modules or ["all-linear"])
+            modules_to_save = list(dict.fromkeys([*(modules_to_save or []), *tables]))
         init, extra = _init(init_lora_weights, loftq_config, model, source.section)
         lora = _lora_section(
             rank=r, alpha=lora_alpha, dropout=lora_dropout, bias=bias, rslora=use_rslora,
@@ -314,6 +316,19 @@ def _init(
         if wanted in ("gaussian", "pissa")
         else ("default", {"init_lora_weights": wanted})
     )
+
+
+def _parted(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part the names of modules that get an adapter from those of tables, which are trained in full."""
+    tables = [name for name in names if name in ("embed_tokens", "lm_head")]
+    if tables and len(tables) == len(names):
+        raise InputError(
+            "target_modules names no module for an adapter", ", ".join(names),
+            "name linear modules too, such as q_proj; or train all with full_finetuning=True",
+        )  # fmt: skip
+    if tables:
+        logger.info("%s: trained in full, beside the adapter", " and ".join(tables))
+    return [name for name in names if name not in tables], tables
 
 
 def _lora_section(**values: Any) -> LoraSection:

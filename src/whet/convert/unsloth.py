@@ -34,6 +34,7 @@ _FORMATS = {
     "conversational": "messages", "raw": "text",
 }  # fmt: skip
 _INIT = {"true": "default", "gaussian": "gaussian", "pissa": "pissa", "loftq": "loftq"}
+_TABLES = ("embed_tokens", "lm_head")  # as targets, they are trained in full there
 _VISION = moot("whet trains language models")
 _TRACKER = moot("the tracker's environment variables hold")
 
@@ -52,7 +53,7 @@ _RULES: dict[str, Rule] = TRAINING | {
     "lora_r": to("lora.rank", whole),
     "lora_alpha": to("lora.alpha", float),
     "lora_dropout": to("lora.dropout", float),
-    "target_modules": to("lora.targets", targets),
+    "target_modules": to("lora.targets", targets, "embed_tokens, lm_head: lora.modules_to_save"),
     "bias": to("lora.bias"),
     "modules_to_save": to("lora.modules_to_save", names),
     "use_rslora": to("lora.rslora"),
@@ -109,6 +110,11 @@ def _together(reading: Reading) -> None:
     reading.set("train.parameters", kind.removeprefix("q"))
     if kind == "qlora":
         reading.set("model.load_in_4bit", True)
+    named = reading.ours.get("lora.targets")
+    if isinstance(named, list) and (tables := [n for n in named if n in _TABLES]):
+        reading.set("lora.targets", [name for name in named if name not in tables])
+        kept = reading.ours.get("lora.modules_to_save", [])
+        reading.set("lora.modules_to_save", list(dict.fromkeys([*kept, *tables])))
     # The command line's rank; get_peft_model has another.
     if kind != "full":
         reading.ours.setdefault("lora.rank", 16 if "model_name" in reading.theirs else 64)
