@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from whet.config import Config, parse_bytes
 from whet.data.gates import check_gates
 from whet.data.prepare import prepare
+from whet.data.sources import find_sources
 from whet.data.store import count_labels, lengths_of
 from whet.data.template import set_chat_template
 from whet.errors import InputError
@@ -154,12 +154,9 @@ def _plan(
 
 def _read_lengths(config: Config, limit: int) -> tuple[list[int] | None, int, str]:
     """Return the examples' lengths, the labels among them, and why they could not be read."""
-    sources = config.data.train
-    sources = [sources] if isinstance(sources, str) else sources
-    if not all(sources) or not sources:
+    if config.data.train in ("", []):
         return None, 0, "data.train names no file"
-    if missing := [s for s in sources if Path(s).suffix and not Path(s).exists()]:
-        raise InputError(f"there is no data file '{missing[0]}'", fix="check data.train")
+    sources = find_sources(config.data.train, config.data.weights)
     try:
         tokenizer = load_tokenizer(config.model)
     except InputError:
@@ -169,7 +166,7 @@ def _read_lengths(config: Config, limit: int) -> tuple[list[int] | None, int, st
         data = prepare(config.data, tokenizer, limit, template)
         check_gates(data.report, config.data.allow)
     except InputError as error:
-        if all(Path(s).exists() for s in sources):
+        if all(source.hub is None for source in sources):
             raise
         return None, 0, f"the data is not here: {error}"  # a Hub id, without a network
     return (

@@ -224,6 +224,33 @@ def test_the_command_shows_a_plan_without_weights(tiny_model, tmp_path, rows_fil
     assert small.exit_code == 1 and "Does not fit" in small.output
 
 
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("rows*.jsonl", "steps, estimated"),  # what a run takes, a plan takes: globs, #N, the Hub
+        ("rows.jsonl#5", "steps, estimated"),
+        ("", "steps, estimated"),
+        ("org/rows-1.5:test", "the data is not here"),
+        ("rowz.jsonl", "does not exist"),
+        ("rowz*.jsonl", "matches no file"),
+    ],
+)
+def test_the_command_takes_the_sources_that_a_run_takes(
+    tiny_model, tmp_path, rows_file, monkeypatch, named, words
+):
+    import shutil
+
+    shutil.copyfile(rows_file, tmp_path / "rows.jsonl")
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        f"model: {{name: {tiny_model}, dtype: float32}}\ndata: {{train: '{named}'}}\n"
+        "train: {max_steps: 9}\n"
+    )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    told = CliRunner().invoke(app, ["plan", str(file), "--device", "cpu"])
+    assert words in told.output + str(told.exception)
+
+
 def test_a_model_that_keeps_its_own_code_is_planned_roughly_and_trains(config):
     off = load_config(config, ["engine.enabled=false", "train.max_steps=2", "lora.dropout=0"])
     run = fit(off, listener=LogListener())
